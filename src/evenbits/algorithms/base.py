@@ -1,0 +1,58 @@
+"""The three kinds of method, as signatures.
+
+weight method     f(weight_OI, format, stats, **options) -> QTensor
+balance method    f(act_stats, weights, *, loss=None, **options) -> Rebalance     per region
+activation rule   f(act_stats, format) -> ActivationQuantizer
+
+A decorator marks the kind and names the statistics that calibration must collect (`needs`). O: out, I: in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from evenbits.numerics.format import Format
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Rebalance:
+    """What a balance method decides for a region: activations are divided by `scale_I`, weight columns multiplied.
+
+    scale_I: float32 [I], positive and finite; choice: what to show in the result's line (such as {"alpha": 0.5}).
+    """
+
+    scale_I: torch.Tensor
+    choice: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ActivationQuantizer:
+    """How a layer's input is quantized. scale, zero_point: [1] if calibrated, None if taken from each input."""
+
+    format: Format
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+
+
+def weight_method(*, needs: frozenset[str] = frozenset()) -> Callable[[_F], _F]:
+    """Marks a weight method."""
+    return _mark("weight", needs)
+
+
+def balance_method(*, needs: frozenset[str] = frozenset({"absmax"})) -> Callable[[_F], _F]:
+    """Marks a balance method."""
+    return _mark("balance", needs)
+
+
+def _mark(kind: str, needs: frozenset[str]) -> Callable[[_F], _F]:
+    def mark(function: _F) -> _F:
+        function.kind, function.needs = kind, needs  # type: ignore[attr-defined]
+        return function
+
+    return mark

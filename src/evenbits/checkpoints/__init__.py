@@ -1,0 +1,1 @@
+"""In and out: our own folder format (native), Hugging Face folders (transformers), what a command line names."""

@@ -1,0 +1,185 @@
+"""`save` and `load`: a folder with safetensors and a readable config, no pickle, bit-exact both ways.
+
+    OUT/evenbits.json         version, layer table (formats, shapes), ties, result, length and SHA-256 of every file
+    OUT/evenbits.safetensors  every tensor: codes and scales of quantized layers, the rest as in the float model
+    OUT/config.json, tokenizer…   for Hugging Face models, as transformers writes them
+
+The weights are deliberately not called model.safetensors: a program that does not know quantized layers then fails at
+once instead of filling a model with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from evenbits._version import __version__
+from evenbits.checkpoints import transformers as hf
+from evenbits.checkpoints.files import WEIGHTS, check_config, check_files, read_config, whole_folder, write_config
+from evenbits.checkpoints.state import State, model_state, restore
+from evenbits.errors import CheckpointError, EvenbitsError
+from evenbits.nn.base import QuantizedLayer
+from evenbits.nn.conv import QConv2d
+from evenbits.nn.linear import QLinear
+from evenbits.nn.replace import replace_modules
+from evenbits.numerics.format import Format
+
+VERSION = 1
+_KINDS: dict[str, type[QuantizedLayer]] = {"linear": QLinear, "conv2d": QConv2d}
+_MARGIN = 8 * 1024 * 1024  # config, tokenizer and file system overhead
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    tokenizer: Any = None,
+    result: Any = None,
+    overwrite: bool = False,
+    verify: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes a quantized model to the folder `path`, whole or not at all, and returns the path.
+
+    tokenizer: saved beside it. result: the `Result` of the run, kept in evenbits.json. overwrite: replace an evenbits
+    folder.
+    verify: called with the finished folder before it gets its name; if it raises, nothing is written.
+    Raises EvenbitsError if the model is not quantized, the folder exists or the disk is full.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    if not layers:
+        raise EvenbitsError("the model has no quantized layer; call evenbits.quantize before evenbits.save.")
+    state, path = model_state(model), Path(path)
+    with whole_folder(path, overwrite=overwrite, needed=state.nbytes + _MARGIN) as folder:
+        try:
+            save_file(state.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        hf.save_extras(model, tokenizer, folder)
+        write_config(folder, _config(model, layers, state, result))
+        stored = _read_state(folder, read_config(folder))
+        _compare(stored, state)
+        if verify is not None:
+            verify(folder)
+    return path
+
+
+def _config(model: nn.Module, layers: dict[str, QuantizedLayer], state: State, result: Any) -> dict[str, Any]:
+    return {
+        "format": "evenbits",
+        "format_version": VERSION,
+        "evenbits_version": __version__,
+        "torch_version": str(torch.__version__),
+        "source": hf.source_of(model),
+        "layers": {name: _layer_config(layer) for name, layer in layers.items()},
+        "aliases": state.aliases,
+        "widened": state.widened,
+        "result": None if result is None else result.to_json(),
+    }
+
+
+def _layer_config(layer: QuantizedLayer) -> dict[str, Any]:
+    kind = next(name for name, cls in _KINDS.items() if type(layer) is cls)
+    config: dict[str, Any] = {
+        "kind": kind,
+        "shape": list(layer.weight_shape),
+        "weight": str(layer.weight_format),
+        "input": None if layer.input_format is None else str(layer.input_format),
+        "static": layer.input_scale is not None,
+        "multiplier": 0 if layer.input_multiplier is None else layer.input_multiplier.numel(),
+        "bias": layer.bias is not None,
+    }
+    return {**config, "geometry": layer.geometry} if isinstance(layer, QConv2d) else config
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Reads a folder written by `save` and returns the quantized model in evaluation mode, bit for bit as it was saved.
+
+    model: the float model (any weights) for a checkpoint that did not come from a Hugging Face model; it is changed in
+    place. Raises CheckpointError, with `model` unchanged, for a folder that is not one of ours, was altered, has
+    another version or belongs to another model.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    check_config(folder, config, VERSION)
+    check_files(folder, config)
+    state = _read_state(folder, config)
+    _check_scales(state)
+    layers = _empty_layers(config)
+    model = hf.skeleton(folder, config.get("source")) if model is None else model
+    present = dict(model.named_modules(remove_duplicate=False))
+    strangers = sorted(set(layers) - set(present))
+    if strangers:
+        raise CheckpointError(
+            f"the checkpoint has a layer {strangers[0]!r}, which the model lacks: it belongs to another model."
+        )
+    undo = replace_modules(model, layers)
+    try:
+        restore(model, state)  # checks every name and shape before it changes anything
+    except CheckpointError:
+        undo()
+        raise
+    return model.eval()
+
+
+def _check_scales(state: State) -> None:
+    for name, tensor in state.tensors.items():
+        if name.endswith(("weight_scale", "input_scale", "input_multiplier")) and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"tensor {name!r} of the checkpoint holds scales that are not finite.")
+
+
+def _empty_layers(config: dict[str, Any]) -> dict[str, nn.Module]:
+    entries = config.get("layers")
+    if not isinstance(entries, dict) or not entries or "" in entries:
+        raise CheckpointError("the checkpoint's layer table is empty or unreadable.")
+    layers: dict[str, nn.Module] = {}
+    for name, entry in entries.items():
+        try:
+            layers[name] = _empty_layer(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"layer {name!r} of the checkpoint cannot be built: {error}") from error
+    return layers
+
+
+def _empty_layer(entry: dict[str, Any]) -> QuantizedLayer:
+    kind = _KINDS[entry["kind"]]
+    shape = tuple(int(size) for size in entry["shape"])
+    if len(shape) != (4 if kind is QConv2d else 2) or min(shape) < 1:
+        raise ValueError(f"shape {list(shape)} does not suit kind {entry['kind']!r}")
+    return kind.empty(
+        shape,
+        Format.parse(entry["weight"]),
+        None if entry["input"] is None else Format.parse(entry["input"]),
+        static=bool(entry["static"]),
+        multiplier=int(entry["multiplier"]),
+        bias=torch.float32 if entry["bias"] else None,
+        **({"geometry": entry["geometry"]} if kind is QConv2d else {}),
+    )
+
+
+def _read_state(folder: Path, config: dict[str, Any]) -> State:
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
+    aliases, widened = config.get("aliases", {}), config.get("widened", {})
+    if not isinstance(aliases, dict) or not isinstance(widened, dict):
+        raise CheckpointError("the checkpoint's tables of ties and types cannot be read.")
+    return State(tensors, aliases, widened)
+
+
+def _compare(stored: State, state: State) -> None:
+    for name, tensor in state.tensors.items():
+        # Compared as bytes: a NaN payload or a signed zero must survive as well.
+        same = name in stored.tensors and stored.tensors[name].dtype == tensor.dtype
+        if not same or not torch.equal(_bytes(stored.tensors[name]), _bytes(tensor)):
+            raise EvenbitsError(f"tensor {name!r} did not read back as it was written; the disk may be faulty.")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

@@ -1,0 +1,54 @@
+"""The command line. Words in, tables out; `--json` prints one object and nothing else.
+
+Commands import what they need when they run: `evenbits --help` never imports torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from evenbits import __version__
+from evenbits.cli.demo import demo
+from evenbits.cli.evaluate import evaluate
+from evenbits.cli.inspect import inspect
+from evenbits.cli.quantize import quantize
+from evenbits.errors import EvenbitsError
+
+app = typer.Typer(
+    name="evenbits",
+    help="Neural networks on few, evenly used bits, with proof of what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(quantize)
+app.command()(evaluate)
+app.command()(inspect)
+app.command()(demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evenbits {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Neural networks on few, evenly used bits, with proof of what it cost."""
+
+
+def main() -> None:
+    """Entry point. User errors end in one line on standard error and exit code 1; wrong options exit with 2."""
+    try:
+        app()
+    except EvenbitsError as error:
+        print(f"evenbits: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("evenbits: interrupted; nothing was written.", file=sys.stderr)
+        raise SystemExit(130) from None

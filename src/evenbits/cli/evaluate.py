@@ -1,0 +1,65 @@
+"""`evenbits evaluate MODEL_OR_OUT --task TASK --data FILE`"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from evenbits.cli.output import emit, working
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A folder of ours, a Hugging Face folder, a hub id, or FILE.py:factory.")
+    ],
+    task: Annotated[str, typer.Option(help="perplexity or classification.")],
+    data: Annotated[str, typer.Option(help="Text, labelled table (.tsv, .csv, .jsonl), arrays, or FILE.py:batches.")],
+    factory: Annotated[
+        str | None, typer.Option("--model", help="FILE.py:factory of a checkpoint that is no Hugging Face model.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Between documents (perplexity). Default: <|endoftext|> where it occurs.")
+    ] = None,
+    max_documents: Annotated[int | None, typer.Option(help="Score only the first N documents (perplexity).")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per forward (perplexity). Default: the model's.")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="New tokens per forward when a document is longer (perplexity).")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Items per forward (classification). Default: 32.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per item (classification). Default: 128.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, for float models.")] = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Score a float or quantized model, with a 95 % interval."""
+    options: dict[str, Any] = {
+        "max_documents": max_documents,
+        "context": context,
+        "stride": stride,
+        "batch_size": batch_size,
+        "max_length": max_length,
+    }
+    with working():
+        from evenbits.checkpoints.sources import is_python, load_object, open_model
+        from evenbits.data.text import read_text
+        from evenbits.evaluation.tasks import evaluate as run
+        from evenbits.evaluation.tasks import task_function
+
+        task_function(task)  # an unknown task is refused before a model is loaded
+        items: Any = data
+        if is_python(data):
+            items = load_object(data)
+            items = items() if callable(items) else items
+        elif separator is not None:
+            items = read_text(data, separator=separator)
+        source = open_model(model, factory=factory, dtype=dtype)
+        given = {name: value for name, value in options.items() if value is not None}
+        found = run(source.model, task=task, data=items, tokenizer=source.tokenizer, **given)
+    if as_json:
+        emit(found.to_json())
+        return
+    from evenbits.reporting.tables import show, table
+
+    interval = "–" if found.interval is None else f"{found.interval[0]:.4f} … {found.interval[1]:.4f}"
+    rows = [(name, value, interval if index == 0 else "") for index, (name, value) in enumerate(found.metrics.items())]
+    show(table(f"{task}, n = {found.n:,}", ["metric", "value", "95 % interval"], rows), *found.notes)

@@ -1,0 +1,102 @@
+"""`evenbits quantize MODEL -o OUT`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evenbits.cli.output import emit, note, working
+
+if TYPE_CHECKING:
+    from evenbits.pipeline.run import Run
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or FILE.py:factory.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write. Default: ./NAME-SCHEME.")
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="A preset (W8A8, W8A8_STATIC, W8A16, W4A16) or a YAML file.")] = "W8A8",
+    method: Annotated[str, typer.Option(help="smoothquant, or rtn (round to nearest).")] = "smoothquant",
+    alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength, 0..1. Default: 0.5.")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text, table, arrays or FILE.py:batches. Default: a small built-in text, for models of text."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration blocks of text, or array rows.", min=1)] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per block of calibration text.", min=2)] = 128,
+    batch_size: Annotated[int, typer.Option(help="Calibration batch size.", min=1)] = 8,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A layer to keep in float: name, last part or glob. Repeatable.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of what stays float: float32, float16, bfloat16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an evenbits folder at OUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Quantize a model, write it, read it back, compare, and say what was done layer by layer."""
+    with working():
+        from evenbits.pipeline.run import quantize_to_folder
+
+        run = quantize_to_folder(
+            model,
+            output,
+            scheme=scheme,
+            method=method,
+            options={} if alpha is None else {"alpha": alpha},
+            calibration=calibration,
+            samples=samples,
+            length=sequence_length,
+            batch_size=batch_size,
+            ignore=tuple(ignore or ()),
+            dtype=dtype,
+            overwrite=overwrite,
+            say=note,
+        )
+    if as_json:
+        emit(run.to_json())
+    else:
+        _show(run)
+
+
+def _show(run: Run) -> None:
+    from evenbits.reporting.tables import show, size, table
+
+    result = run.result
+    columns = ["layer", "weights", "inputs", "bits", "SQNR dB", "output SQNR dB"]
+    quantized = [
+        (row.name, row.format, row.input_format, row.bits_per_weight, row.sqnr_db, row.output_sqnr_db)
+        for row in result.quantized
+    ]
+    show(table(f"{len(quantized)} layers quantized", columns, quantized, left=3), "")
+    floats = [(row.name, "×".join(map(str, row.shape)), row.reason) for row in result.layers if row.status == "float"]
+    if floats:
+        show(table(f"{len(floats)} kept in float", ["layer", "shape", "why"], floats, left=3), "")
+    if result.regions:
+        rows: list[tuple[Any, ...]] = [(row.name, row.status, row.alpha, row.reason) for row in result.regions]
+        show(table(f"{len(rows)} regions", ["region", "status", "α", "why"], rows, left=4), "")
+    worst = sorted((row for row in result.quantized if row.output_sqnr_db is not None), key=_output_sqnr)[:5]
+    if worst:
+        show(
+            "Largest output errors: "
+            + ", ".join(f"{row.name} ({row.output_sqnr_db:.1f} dB)" for row in worst)
+            + ". To keep one in float: --ignore NAME."
+        )
+    ratio = result.weight_bytes / result.float_weight_bytes
+    show(
+        f"Quantized weights: {size(result.float_weight_bytes)} in float32 → {size(result.weight_bytes)} in memory "
+        f"({ratio:.4f}), {size(run.weight_bytes_on_disk)} on disk. Whole folder: {size(run.file_bytes)}.",
+        f"{result.seconds:.1f} s, peak memory {size(result.peak_bytes)}, integer products by {result.backend}.",
+        f"Written to {run.path}, read back, equal bit for bit ({run.compared}).",
+        "",
+        f"Next: evenbits inspect {run.path}",
+        f"      evenbits evaluate {run.path} --task … --data FILE",
+        f"      python -c \"import evenbits; model = evenbits.load('{run.path}')\"",
+    )
+
+
+def _output_sqnr(row: Any) -> float:
+    return float(row.output_sqnr_db)

@@ -1,0 +1,44 @@
+"""The value every evaluation task returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+Items = tuple[int, ...] | tuple[tuple[float, int], ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scored on one task.
+
+    task: the name in the table of tasks.
+    metrics: name -> value; the first is the one that `interval` is about.
+    n: how many items (documents, inputs) were scored.
+    interval: (low, high), 95 % confidence, in the unit of the first metric; None where it cannot be estimated.
+    items: one result per item, in the order of the data, so that two models can be compared item by item: 1 or 0 for
+        a class that is right or wrong, (negative log-likelihood in nats, predicted tokens) for a document.
+    notes: sentences about how the data was treated: what was truncated, cut or left out.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    n: int
+    interval: tuple[float, float] | None
+    items: Items
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the items, as plain JSON values; a number that is not finite becomes None."""
+        return {
+            "task": self.task,
+            "metrics": {name: _finite(value) for name, value in self.metrics.items()},
+            "n": self.n,
+            "interval": None if self.interval is None else [_finite(end) for end in self.interval],
+            "notes": list(self.notes),
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Modules that carry integer buffers and nothing else: what a quantized layer is at run time."""

@@ -1,0 +1,44 @@
+"""`QLinear`: a linear layer whose weight is integer codes.
+
+With quantized activations the product runs in integers (kernels/ops.py). Without (weight-only) the weight is decoded
+for
+each call and the product runs in float: bytes are saved, time is not; `is_integer` says which.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from evenbits.kernels.ops import linear_w8a8
+from evenbits.nn.base import QuantizedLayer
+
+
+class QLinear(QuantizedLayer):
+    """x [..., I] → [..., O]. Replaces nn.Linear and Hugging Face's Conv1D (whose weight is [I, O])."""
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input_format is None:
+            if self.input_multiplier is not None:
+                x = x * self.input_multiplier.to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.qweight().dequantize(x.dtype), bias)
+        return linear_w8a8(
+            x,
+            self.weight_codes(),
+            self.weight_scale,
+            self.bias,
+            self.input_format,
+            multiplier=self.input_multiplier,
+            scale=self.input_scale,
+            zero_point=self.input_zero_point,
+            weight_sum=self.weight_sum,
+        )

@@ -1,0 +1,1 @@
+"""What calibration sees: running statistics in O(channels) memory, never stored activations."""

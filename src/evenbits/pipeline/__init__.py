@@ -1,0 +1,1 @@
+"""Doing it: plan → calibrate → balance → solve → swap."""

@@ -1,0 +1,78 @@
+"""Calibration data: any iterable of batches, run once through a model.
+
+A batch is a tensor (the model's one argument), a tuple or list (its positional arguments) or a mapping (its keyword
+arguments). An iterable is walked once, so a generator will do; the first few batches are kept (inputs only, no
+activations) for tracing, for proofs and for measuring each layer's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm.auto import tqdm
+
+from evenbits.errors import EvenbitsError
+
+KEPT = 4
+
+
+class Batches:
+    """Calibration batches bound to a model. `kept`: the first KEPT of them; `count`: how many were run."""
+
+    def __init__(self, model: nn.Module, data: Iterable[Any], *, progress: bool) -> None:
+        if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):
+            kind = type(data).__name__
+            raise EvenbitsError(
+                f"data must be an iterable of batches (tensors, tuples of arguments or mappings of keyword arguments); "
+                f"given one {kind}. For a single batch pass [batch]."
+            )
+        self._model, self._progress = model, progress
+        self._iterator: Iterator[Any] = iter(data)
+        self._total = len(data) if isinstance(data, Sized) else None
+        self.kept: list[Any] = []
+        self.count = 0
+        for batch in self._iterator:
+            self.kept.append(batch)
+            if len(self.kept) == KEPT:
+                break
+        kept = [_plain(batch) for batch in self.kept]
+        if not any(t.numel() for t in tree_leaves(kept) if isinstance(t, torch.Tensor)):
+            raise EvenbitsError("the calibration data is empty; pass at least one batch with at least one element.")
+
+    def run(self, batch: Any) -> Any:
+        """One forward on one batch, without gradients, on the model's device."""
+        device = next(self._model.parameters()).device
+        batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, _plain(batch))
+        with torch.no_grad():
+            if isinstance(batch, dict):
+                return self._model(**batch)
+            return self._model(*batch) if isinstance(batch, (tuple, list)) else self._model(batch)
+
+    def runs(self) -> list[Callable[[], Any]]:
+        """The kept batches as forwards."""
+        return [lambda batch=batch: self.run(batch) for batch in self.kept]  # type: ignore[misc]
+
+    def run_all(self) -> None:
+        """Runs every batch once (call it once). Raises EvenbitsError naming the batch that the model cannot take."""
+        everything = (batch for part in (self.kept, self._iterator) for batch in part)
+        bar = tqdm(everything, total=self._total, desc="calibrating", unit="batch", disable=not self._progress or None)
+        for index, batch in enumerate(bar):
+            try:
+                self.run(batch)
+            except EvenbitsError as error:
+                raise EvenbitsError(f"calibration batch {index}: {error}") from error
+            except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+                raise EvenbitsError(
+                    f"the model could not run calibration batch {index} ({type(batch).__name__}): {error}. A tensor is "
+                    "passed as the one argument, a tuple or list as positional and a mapping as keyword arguments."
+                ) from error
+            self.count += 1
+
+
+def _plain(batch: Any) -> Any:
+    """A mapping of any kind (such as a tokenizer's encoding) as a dict."""
+    return dict(batch) if isinstance(batch, Mapping) else batch

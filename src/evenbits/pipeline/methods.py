@@ -1,0 +1,56 @@
+"""Method names to functions: "smoothquant", "rtn", "smoothquant+rtn". A balance method alone is followed by `rtn`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evenbits import algorithms
+from evenbits.errors import EvenbitsError, unknown_name
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The functions of one run and the options of each."""
+
+    name: str
+    options: dict[str, Any]
+    weight: Any
+    balance: Any | None
+    weight_options: dict[str, Any]
+    balance_options: dict[str, Any]
+
+    @staticmethod
+    def parse(name: str, options: Mapping[str, Any]) -> Methods:
+        """Raises EvenbitsError for an unknown method or option and for two methods of one kind."""
+        if not isinstance(name, str):
+            raise EvenbitsError(f"a method is named by a string, such as 'smoothquant'; given {type(name).__name__}.")
+        found: dict[str, Any] = {}
+        for part in name.split("+"):
+            function = algorithms.get(part)
+            if function.kind in found:
+                raise EvenbitsError(
+                    f"method {name!r} names two {function.kind} methods; join a balance and a weight method."
+                )
+            found[function.kind] = function
+        weight = found.get("weight") or algorithms.get("rtn")
+        balance = found.get("balance")
+        split = {kind: _own(function, options) for kind, function in (("weight", weight), ("balance", balance))}
+        for option in options:
+            if not any(option in own for own in split.values()):
+                allowed = [*_names(weight), *_names(balance)]
+                raise unknown_name(f"option of method {name!r}:", option, allowed or ["(none)"])
+        return Methods(name, dict(options), weight, balance, split["weight"], split["balance"])
+
+
+def _names(function: Any) -> list[str]:
+    if function is None:
+        return []
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is keyword and p.name != "loss"]
+
+
+def _own(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _names(function) if name in options}

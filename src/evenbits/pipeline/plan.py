@@ -1,0 +1,113 @@
+"""Which layers a scheme quantizes, and for every other matrix of the model why not. No layer is left unmentioned.
+
+A layer is a module this version can replace: nn.Linear, nn.Conv2d and Hugging Face's Conv1D, exactly those classes (a
+subclass may read its weight in ways of its own, as nn.MultiheadAttention's output projection does). Every other
+parameter
+with two or more dimensions gets a line of its own: embeddings, fused expert weights, attention `in_proj_weight`, ….
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from evenbits.errors import EvenbitsError
+from evenbits.graph.trace import Trace
+from evenbits.schemes.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer (or a matrix that belongs to none). `reason` is empty if it is to be quantized."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str = ""
+
+    @property
+    def channel_dim(self) -> int:
+        """The input's channel dimension, counted from the end (unbatched inputs included)."""
+        return -3 if self.kind == "Conv2d" else -1
+
+    @property
+    def width(self) -> int:
+        """Input channels of a matrix layer; 0 for convolutions, which are not smoothed here."""
+        return 0 if self.kind == "Conv2d" else self.shape[1]
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "Linear", "Conv2d" or "Conv1D" (Hugging Face) for a layer that can be replaced, else None."""
+    if type(module) in (nn.Linear, nn.Conv2d):
+        return type(module).__name__
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return "Conv1D"
+    return None
+
+
+def weight_OI(module: nn.Module) -> torch.Tensor:
+    """A layer's weight as [out, in] (convolutions: [out, in/groups · kh · kw]); shares memory where it can."""
+    weight: torch.Tensor = module.get_parameter("weight").detach()
+    return weight.t() if kind_of(module) == "Conv1D" else weight.flatten(1)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape a quantized layer states: out first."""
+    shape = tuple(module.get_parameter("weight").shape)
+    return shape[::-1] if kind_of(module) == "Conv1D" else shape
+
+
+def plan_layers(model: nn.Module, scheme: Scheme) -> list[LayerPlan]:
+    """A line for every layer and every other matrix, in model order. Raises EvenbitsError for non-finite parameters."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise EvenbitsError(f"parameter {name} holds NaN or infinite values; mend the model before quantizing it.")
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return list(_lines(model, scheme, owners))
+
+
+def _lines(model: nn.Module, scheme: Scheme, owners: dict[int, list[str]]) -> Iterator[LayerPlan]:
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{name}.{parameter_name}" if name else parameter_name
+            if kind is not None and parameter_name == "weight":
+                reason = _why_float(name, owners[id(parameter)], full_name, scheme)
+                yield LayerPlan(name, kind, weight_shape(module), reason)
+            elif parameter.ndim >= 2 and full_name == owners[id(parameter)][0]:
+                yield LayerPlan(full_name, type(module).__name__, tuple(parameter.shape), _foreign(module))
+
+
+def _why_float(name: str, owners: list[str], full_name: str, scheme: Scheme) -> str:
+    others = [owner for owner in owners if owner != full_name]
+    if others:
+        return f"its weight is tied to {', '.join(others)}"
+    if not name:
+        return "the model is this single layer; wrap it in a module to have it replaced"
+    return "ignored by the scheme" if scheme.ignores(name) else ""
+
+
+def _foreign(module: nn.Module) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding: rows are looked up, nothing is multiplied"
+    return f"a parameter of {type(module).__name__}, which this version does not replace"
+
+
+def outside_readers(trace: Trace, plans: list[LayerPlan]) -> dict[str, str]:
+    """Layers whose weight was read outside their own forward (name → reason): replacing them would break the reader."""
+    names = {plan.name for plan in plans}
+    found: dict[str, str] = {}
+    for value, owners in trace.parameters.items():
+        layer = owners[0].rpartition(".")[0]
+        if layer not in names:
+            continue
+        for index in trace.readers.get(value, []):
+            if trace.ops[index].module != layer:
+                place = trace.ops[index].module or "the model"
+                found[layer] = f"its parameters are read directly by {place}, outside the layer"
+    return found

@@ -1,0 +1,177 @@
+"""`quantize`: one call from a float model to integer layers, in place.
+
+    plan        which layers, and why not the others                      (plan.py)
+    watch       trace one forward, prove folds, collect channel ranges    (graph/, observers/)
+    balance     one s per region                                          (balance.py)
+    solve       weights to codes, activations to quantizers               (solve.py)
+    swap        fold and replace; the only step that touches the model    (swap.py)
+
+Everything up to the swap works beside the model, and the swap takes itself back if it fails: on any error the model is
+bit for bit what it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evenbits.errors import EvenbitsError
+from evenbits.evaluation.memory import model_bytes, peak_bytes
+from evenbits.kernels import dispatch
+from evenbits.nn.base import QuantizedLayer, check_formats
+from evenbits.pipeline.balance import Balanced, balance, skipped_convolutions
+from evenbits.pipeline.batches import Batches
+from evenbits.pipeline.methods import Methods
+from evenbits.pipeline.plan import LayerPlan, plan_layers
+from evenbits.pipeline.result import LayerRow, RegionRow, Result
+from evenbits.pipeline.solve import Solved, solve
+from evenbits.pipeline.swap import swap
+from evenbits.pipeline.watch import Watched, watch
+from evenbits.schemes.scheme import Scheme, resolve
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    scheme: str | Path | Mapping[str, Any] | Scheme = "W8A8",
+    method: str = "smoothquant",
+    data: Iterable[Any] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Result:
+    """Quantizes `model` in place and returns what was done, layer by layer.
+
+    scheme:  a preset ("W8A8", "W8A8_STATIC", …), a file, a mapping or a Scheme.
+    method:  a name of `ALGORITHMS`, or several joined by "+" (a balance method before a weight method).
+    data:    calibration batches: any iterable of tensors, tuples of arguments or mappings of keyword arguments.
+             Balance methods and static activations need it; with it, each layer's output error is measured too.
+    options: passed to the methods, such as alpha=0.5.
+
+    Raises EvenbitsError, with the model unchanged, if a name is unknown, a parameter or an activation is not finite,
+    the data is empty or does not fit the model, no layer can be quantized, or smoothing was asked for and no region was
+    smoothed.
+    """
+    start = time.perf_counter()
+    scheme = resolve(scheme)
+    check_formats(scheme.weights, scheme.input_activations)
+    methods = Methods.parse(method, options)
+    _refuse_quantized(model)
+    plans = plan_layers(model, scheme)
+    static = scheme.input_activations is not None and not scheme.dynamic
+    if data is None and (static or methods.balance is not None):
+        what = "static activations need" if static else f"method {method!r} needs"
+        raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")
+    with _evaluating(model):
+        batches = None if data is None else Batches(model, data, progress=progress)
+        plans, watched = watch(model, plans, batches, static=static)
+        chosen = [plan for plan in plans if not plan.reason]
+        if not chosen:
+            raise EvenbitsError(_nothing_to_do(plans))
+        balanced = balance(model, chosen, watched, methods) if watched is not None else Balanced()
+        solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
+        swap(model, {name: layer.module for name, layer in solved.items()}, balanced.folds)
+    return _result(model, scheme, methods, plans, balanced, solved, watched, start)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise EvenbitsError(f"quantize takes a torch.nn.Module; given {type(model).__name__}.")
+    already = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+    if already:
+        raise EvenbitsError(
+            f"the model is quantized already ({len(already)} layers, such as {already[0]}); load the float one."
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _nothing_to_do(plans: list[LayerPlan]) -> str:
+    if not plans:
+        return "the model has no layer that can be quantized (nn.Linear, nn.Conv2d or Hugging Face's Conv1D)."
+    listed = "; ".join(f"{plan.name or 'the model'}: {plan.reason}" for plan in plans[:5])
+    return f"no layer would be quantized. {listed}{'; …' if len(plans) > 5 else ''}."
+
+
+def _result(
+    model: nn.Module,
+    scheme: Scheme,
+    methods: Methods,
+    plans: list[LayerPlan],
+    balanced: Balanced,
+    solved: Mapping[str, Solved],
+    watched: Watched | None,
+    start: float,
+) -> Result:
+    rows = tuple(_row(plan, solved.get(plan.name), model) for plan in plans)
+    layers = [layer.module for layer in solved.values()]
+    regions: tuple[RegionRow, ...] = ()
+    if methods.balance is not None:
+        regions = (*balanced.rows, *skipped_convolutions(plans))
+    backend = dispatch.choice(next(model.buffers()).device.type)
+    integer = f"{backend.backend} ({backend.reason})" if layers[0].is_integer else "float product of decoded weights"
+    return Result(
+        scheme=scheme.to_json(),
+        method=methods.name,
+        options=methods.options,
+        layers=rows,
+        regions=regions,
+        weight_bytes=sum(layer.weight_bytes for layer in layers),
+        float_weight_bytes=sum(layer.float_weight_bytes for layer in layers),
+        model_bytes=model_bytes(model),
+        seconds=time.perf_counter() - start,
+        peak_bytes=peak_bytes(),
+        backend=integer,
+        calibration_batches=0 if watched is None else watched.batches,
+        notes=balanced.notes,
+    )
+
+
+def _row(plan: LayerPlan, solved: Solved | None, model: nn.Module) -> LayerRow:
+    if solved is None:
+        dtype = _float_weight(model, plan.name).dtype
+        bits = 8.0 * dtype.itemsize
+        return LayerRow(plan.name, plan.kind, _dtype_name(dtype), "float", "float", plan.reason, plan.shape, bits, 0)
+    module = solved.module
+    return LayerRow(
+        name=plan.name,
+        kind=plan.kind,
+        format=str(module.weight_format),
+        input_format=_input_format(module),
+        status="quantized",
+        reason=solved.note,
+        shape=plan.shape,
+        bits_per_weight=module.bits_per_weight,
+        weight_bytes=module.weight_bytes,
+        sqnr_db=solved.weight_error.sqnr_db,
+        output_sqnr_db=None if solved.output_error is None else solved.output_error.sqnr_db,
+    )
+
+
+def _float_weight(model: nn.Module, name: str) -> torch.Tensor:
+    names = dict(model.named_parameters(remove_duplicate=False))
+    return names[name] if name in names else names[f"{name}.weight" if name else "weight"]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _input_format(module: QuantizedLayer) -> str:
+    if module.input_format is None:
+        return "float"
+    return f"{module.input_format} {'static' if module.input_scale is not None else 'dynamic'}"

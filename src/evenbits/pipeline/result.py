@@ -1,0 +1,73 @@
+"""What `quantize` returns: a value that the command line prints, a report draws and `--json` writes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer. `status` is "quantized" or "float"; `reason` says why it is float (or what to know about it)."""
+
+    name: str
+    kind: str
+    format: str
+    input_format: str
+    status: str
+    reason: str
+    shape: tuple[int, ...]
+    bits_per_weight: float
+    weight_bytes: int
+    sqnr_db: float | None = None
+    output_sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class RegionRow:
+    """One region. `status` is "folded", "multiplied" or "skipped", with the reason."""
+
+    name: str
+    layers: tuple[str, ...]
+    status: str
+    reason: str
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A quantization run. Bytes: `weight_bytes` are codes, scales, zero points and row sums of the quantized layers,
+    `float_weight_bytes` four bytes for each of their elements, `model_bytes` the whole model now."""
+
+    scheme: dict[str, Any]
+    method: str
+    options: dict[str, Any]
+    layers: tuple[LayerRow, ...]
+    regions: tuple[RegionRow, ...]
+    weight_bytes: int
+    float_weight_bytes: int
+    model_bytes: int
+    seconds: float
+    peak_bytes: int
+    backend: str
+    calibration_batches: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def quantized(self) -> tuple[LayerRow, ...]:
+        """The rows of quantized layers."""
+        return tuple(row for row in self.layers if row.status == "quantized")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON; infinite and absent figures are null."""
+        plain: dict[str, Any] = _finite(asdict(self))
+        return plain
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,22 @@
+"""The one step that changes the model: folds go into parameters, layers are replaced. All of it, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from evenbits.graph.folding import Fold
+from evenbits.nn.replace import replace_modules
+
+
+def swap(model: nn.Module, layers: Mapping[str, nn.Module], folds: Sequence[tuple[Fold, torch.Tensor]]) -> None:
+    """Applies the folds and replaces the named modules, everywhere they are shared. On an error all is taken back."""
+    with ExitStack() as undo:
+        for fold, scale_I in folds:
+            undo.callback(fold.undo)
+            fold.apply(scale_I)
+        undo.callback(replace_modules(model, layers))
+        undo.pop_all()

@@ -1,0 +1,44 @@
+"""What calibration learns: the data flow (one traced forward) and the input ranges of every layer (all batches)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from evenbits.graph.trace import Trace, trace
+from evenbits.observers.calibrate import channel_ranges
+from evenbits.observers.channel_range import ChannelRange
+from evenbits.pipeline.batches import Batches
+from evenbits.pipeline.plan import LayerPlan, outside_readers
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The trace of the first batch, the input ranges over all batches, and how many batches there were."""
+
+    trace: Trace
+    ranges: Mapping[str, ChannelRange]
+    source: Batches
+
+    @property
+    def batches(self) -> int:
+        return self.source.count
+
+
+def watch(
+    model: nn.Module, plans: list[LayerPlan], batches: Batches | None, *, static: bool
+) -> tuple[list[LayerPlan], Watched | None]:
+    """Runs the calibration. Returns what was seen, and the plans with reasons added for layers that must stay float."""
+    if batches is None:
+        return plans, None
+    dims = {plan.name: plan.channel_dim for plan in plans if not plan.reason}
+    ranges = channel_ranges(model, dims, batches.run_all)
+    flow = trace(model, lambda: batches.run(batches.kept[0]), dims)
+    blocked = outside_readers(flow, [plan for plan in plans if not plan.reason])
+    if static:
+        unseen = dict.fromkeys(dims, "did not run on the calibration data: no activation scale")
+        blocked |= {name: reason for name, reason in unseen.items() if not ranges[name].seen}
+    plans = [replace(plan, reason=plan.reason or blocked.get(plan.name, "")) for plan in plans]
+    return plans, Watched(flow, ranges, batches)

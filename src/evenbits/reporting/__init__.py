@@ -1,0 +1,1 @@
+"""Telling: results as tables in a terminal and as pictures."""
