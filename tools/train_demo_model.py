@@ -7,9 +7,9 @@ other, so every paragraph is kept once only: a held-out paragraph was never seen
 
 Digits: drawn here, from strokes with random affine distortion, thickness, blur and noise. No data set is involved.
 
-Seeds are fixed. The last bits of float sums also depend on the processor, the number of threads and PyTorch's version,
-so another machine reproduces the quality, not necessarily the bytes. The shipped weights: Python 3.11.7, PyTorch 2.13,
-two threads; held-out perplexity 3.619 per byte, digit accuracy 0.978.
+Seeds are fixed, but float sums taken by several threads may still differ in their last bits from run to run, and
+training magnifies that: a second run reproduces the quality, not necessarily the bytes. The shipped weights were made
+with Python 3.11.7, PyTorch 2.13 and two threads: held-out perplexity 3.619 per byte, digit accuracy 0.978.
 
     python tools/train_demo_model.py                    # about ten minutes on two cores
     python tools/train_demo_model.py --smoke            # twenty steps into a temporary folder

@@ -31,6 +31,7 @@ class MissingExtraError(EvenbitsError):
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> EvenbitsError:
     """The error for a name that is not in a table, with the nearest allowed one."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    by_lower = {name.lower(): name for name in names}  # "w8a9" is near "W8A8"
+    near = difflib.get_close_matches(given.lower(), by_lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
     return EvenbitsError(f"unknown {kind} {given!r}.{hint} Allowed: {', '.join(names)}.")

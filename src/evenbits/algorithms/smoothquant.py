@@ -56,7 +56,7 @@ def smoothquant(
     if not 0.0 <= alpha <= 1.0:
         raise EvenbitsError(f"SmoothQuant's migration strength alpha must be between 0 and 1; given {alpha}.")
     act_I = act_absmax_I.double()
-    weight_I = torch.stack([weight.abs().amax(dim=0).double() for weight in weights_OI]).amax(dim=0)
+    weight_I = torch.stack([weight.detach().abs().amax(dim=0).double() for weight in weights_OI]).amax(dim=0)
     # alpha = 0 and alpha = 1 are legal: 0⁰ = 1 keeps the formula defined, and dead channels are handled below.
     scale_I = act_I.pow(alpha) / weight_I.clamp(min=_WEIGHT_FLOOR).pow(1 - alpha)
     dead_I = (act_I < _WEIGHT_FLOOR) | (weight_I == 0)

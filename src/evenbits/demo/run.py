@@ -96,7 +96,7 @@ def run_demo(output: Path) -> Demo:
     picture = output / "channel-ranges.svg"
     picture.write_text(_picture(models["float"], models["w8a8_smoothquant"], batches), encoding="utf-8")
     times = _milliseconds(models)
-    text = built_in.generate(reloaded, _PROMPT, 160) if isinstance(reloaded, built_in.ByteLM) else b""
+    text = built_in.generate(reloaded, _PROMPT, 200, temperature=0.5) if isinstance(reloaded, built_in.ByteLM) else b""
     return Demo(
         rows=tuple(_row(name, model, results.get(name), times[name]) for name, model in models.items()),
         digits=_digits(),

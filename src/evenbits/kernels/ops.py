@@ -33,7 +33,8 @@ _format = lru_cache(maxsize=None)(Format.parse)
 
 
 def _int8_matmul(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
-    if a_MK.dtype != torch.int8 or b_NK.dtype != torch.int8 or a_MK.shape[1] != b_NK.shape[1]:
+    matrices = a_MK.dtype == b_NK.dtype == torch.int8 and a_MK.ndim == b_NK.ndim == 2
+    if not matrices or a_MK.shape[1] != b_NK.shape[1]:
         raise EvenbitsError(
             f"int8_matmul takes int8 [M, K] and int8 [N, K]; given {a_MK.dtype} {list(a_MK.shape)} and {b_NK.dtype} "
             f"{list(b_NK.shape)}."
@@ -64,7 +65,9 @@ def _quantize_rows(
         # that it comes out as NaN and not as a plausible number. Infinities saturate, as in any static quantizer.
         row_scale = torch.where(x_MK.isnan().any(dim=1, keepdim=True), torch.nan, row_scale)
     zero = scale.new_zeros((), dtype=torch.int32) if zero_point is None else zero_point
-    return codes, row_scale.contiguous(), zero.reshape(-1, 1).expand(x_MK.shape[0], 1).contiguous()
+    row_zero = zero.reshape(-1, 1).expand(x_MK.shape[0], 1)
+    # An op may not hand back its own input: of one row, `contiguous` alone would be the calibrated zero point itself.
+    return codes, row_scale.contiguous(), row_zero.clone(memory_format=torch.contiguous_format)
 
 
 def _dynamic_scale(x_MK: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor | None]:

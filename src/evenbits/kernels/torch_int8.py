@@ -1,18 +1,26 @@
 """int8 × int8 → int32 through operations that torch itself carries; no build step.
 
-`int_mm`  torch._int_mm. On a CPU only with VNNI: without it the vendor's kernel adds pairs of products in 16 bits, which
-          saturates silently (measured: 54 % error on worst-case data). On CUDA it wants M > 16 and K, N multiples of
-          8, so operands are padded with zeros.
+`int_mm`  torch._int_mm. On a CPU only with VNNI: without it the vendor's kernel adds pairs of products in 16 bits and
+          saturates silently (measured: 54 % error on worst-case data). On CUDA it wants M > 16 and K, N multiples of 8,
+          so operands are padded with zeros.
 `fp32`    float32 products of the integer codes, in slices of K so short that float32 holds every partial sum exactly
           (1024 · 128² = 2²⁴), added up in int32. Exact anywhere, and as fast as float32: no gain.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 _EXACT_K = 1024  # 1024 products of at most 128·128 sum to at most 2**24
 _CUDA_MIN_M, _CUDA_MULTIPLE = 17, 8
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Turns autocast off inside the block: it would round exact float32 sums of codes to bfloat16 or float16."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def int_mm(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
@@ -34,7 +42,8 @@ def fp32(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] · int8 [N, K]ᵀ → int32 [M, N] by exact float32 partial products."""
     rows, columns = a_MK.shape[0], b_NK.shape[0]
     total = torch.zeros(rows, columns, dtype=torch.int32, device=a_MK.device)
-    for start in range(0, a_MK.shape[1], _EXACT_K):
-        stop = start + _EXACT_K
-        total += (a_MK[:, start:stop].float() @ b_NK[:, start:stop].float().t()).to(torch.int32)
+    with without_autocast(a_MK.device):
+        for start in range(0, a_MK.shape[1], _EXACT_K):
+            stop = start + _EXACT_K
+            total += (a_MK[:, start:stop].float() @ b_NK[:, start:stop].float().t()).to(torch.int32)
     return total

@@ -19,6 +19,7 @@ from torch import nn
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
 from evenbits.kernels.ops import int8_matmul, quantize_rows
+from evenbits.kernels.torch_int8 import without_autocast
 from evenbits.nn.base import QuantizedLayer
 from evenbits.numerics.qtensor import QTensor
 
@@ -63,16 +64,18 @@ class QConv2d(QuantizedLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        dtype = x.dtype
         if self.input_multiplier is not None:
-            x = x * self.input_multiplier.to(x.dtype).view(1, -1, 1, 1)
+            x = x.float() * self.input_multiplier.view(1, -1, 1, 1)
         if self.input_format is None:
+            x = x.to(dtype)
             weight = self.qweight().dequantize(x.dtype).view(self.weight_shape)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.conv2d(self._pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
         codes_NK, scale_N1, _ = quantize_rows(x.flatten(1), self.input_format, scale=self.input_scale)
         product_NOHW = self._integer_conv(self._pad(codes_NK.view(x.shape)))
-        y = product_NOHW.float() * (scale_N1 * self.weight_scale.reshape(1, -1)).view(len(x), -1, 1, 1)
-        return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+        y = product_NOHW.float() * (scale_N1 * self.weight_scale.reshape(1, -1))[:, :, None, None]
+        return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(dtype)
 
     def _pad(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         if not any(self.padding):
@@ -80,7 +83,8 @@ class QConv2d(QuantizedLayer):
         if self.padding_mode == "zeros":
             return nn.functional.pad(x_NCHW, self.padding)
         # The other modes copy pixels; torch has them for floats only, and float32 holds every code.
-        padded = nn.functional.pad(x_NCHW.float(), self.padding, mode=self.padding_mode)
+        floats = x_NCHW if x_NCHW.dtype == torch.float64 else x_NCHW.float()
+        padded = nn.functional.pad(floats, self.padding, mode=self.padding_mode)
         return padded.to(x_NCHW.dtype)
 
     def _integer_conv(self, codes_NCHW: torch.Tensor) -> torch.Tensor:
@@ -88,7 +92,9 @@ class QConv2d(QuantizedLayer):
         weight_OK = self.weight_codes()
         if self.groups > 1 and weight_OK.shape[1] <= _EXACT_FLOAT32_K:
             weight = weight_OK.view(self.weight_shape).float()
-            exact = nn.functional.conv2d(codes_NCHW.float(), weight, None, self.stride, 0, self.dilation, self.groups)
+            with without_autocast(weight.device):
+                codes = codes_NCHW.float()
+                exact = nn.functional.conv2d(codes, weight, None, self.stride, 0, self.dilation, self.groups)
             return exact.round_().to(torch.int32)  # rounded: a Winograd backend is off by far less than 0.5
         parts = zip(codes_NCHW.chunk(self.groups, dim=1), weight_OK.chunk(self.groups, dim=0), strict=True)
         return torch.cat([self._im2col_product(codes, weight) for codes, weight in parts], dim=1)
@@ -98,6 +104,7 @@ class QConv2d(QuantizedLayer):
         windows = codes_NCHW.unfold(2, dh * (kh - 1) + 1, self.stride[0]).unfold(3, dw * (kw - 1) + 1, self.stride[1])
         windows = windows[..., ::dh, ::dw]  # [N, C, H', W', kh, kw]
         images, _, height, width = windows.shape[:4]
-        columns_PK = windows.permute(0, 2, 3, 1, 4, 5).reshape(images * height * width, -1)
+        rows, columns = weight_OK.shape
+        columns_PK = windows.permute(0, 2, 3, 1, 4, 5).reshape(images * height * width, columns)
         product_PO = int8_matmul(columns_PK, weight_OK)
-        return product_PO.view(images, height, width, -1).permute(0, 3, 1, 2)
+        return product_PO.view(images, height, width, rows).permute(0, 3, 1, 2)

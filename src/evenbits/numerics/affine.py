@@ -8,7 +8,9 @@ unless the format says `free`: then the range is taken as it is and the zero poi
 why it is kept as int32. Dividing max alone by 255, as some documents do, loses everything below zero and spreads the
 codes over [0, max] even if min is far from it (docs/numerics.md works it through).
 
-A range of zero width gives scale 1 (all zeros) or |c| (a constant c under `free`), never 0: no NaN comes out.
+A range of zero width gives scale 1 (all zeros) or |c| (a constant c under `free`), never 0: no NaN comes out. A `free`
+range far from zero has a scale of at least |x| / 2³⁰, so that its zero point fits into int32. Decoding saturates at the
+largest finite number: a code may stand for half a step more than the float that it came from.
 Rounding is to nearest, ties to even. Scales are float32; codes are computed with the float32 scale that is stored.
 Source: B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 CVPR 2018, section 2.1.
@@ -23,6 +25,7 @@ from evenbits.numerics.format import Format
 
 _TINY = torch.finfo(torch.float32).tiny
 _HUGE = torch.finfo(torch.float32).max
+_FREE_FLOOR = 2.0**-30  # scale / |x| of a free format; float32 itself resolves 2**-24
 
 
 def qparams(lo: torch.Tensor, hi: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -45,6 +48,8 @@ def qparams(lo: torch.Tensor, hi: torch.Tensor, fmt: Format) -> tuple[torch.Tens
     if fmt.rule.zero_exact:
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     width = (hi - lo) / (qmax - qmin)
+    if not fmt.rule.zero_exact:
+        width = torch.where(width > 0, torch.maximum(width, torch.maximum(lo.abs(), hi.abs()) * _FREE_FLOOR), width)
     scale = _safe(width, torch.where(hi == 0, torch.ones_like(hi), hi.abs()))
     zero_point = qmin - torch.round(lo / scale.double())
     if fmt.rule.zero_exact:
@@ -69,9 +74,9 @@ def to_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | No
 
 
 def from_codes(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
-    """Codes → float32, scale · (code − zero_point)."""
+    """Codes → finite float32, scale · (code − zero_point)."""
     values = codes.to(torch.float32)
     if zero_point is not None:
         # In int32: a free zero point far from zero would lose its low bits in float32.
         values = (codes.to(torch.int32) - zero_point).to(torch.float32)
-    return values * scale
+    return (values * scale).clamp_(-_HUGE, _HUGE)

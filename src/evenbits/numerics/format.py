@@ -53,11 +53,11 @@ class Format:
     rule: ScaleRule = ScaleRule()
 
     def __str__(self) -> str:
-        rule = self.rule
+        rule, percent = self.rule, f"p{self.rule.percentile!r}".removesuffix(".0")
         options = [] if rule.symmetric else ["affine"]
         options += [] if rule.zero_exact else ["free"]
         options += [_half_range(self.dtype)] if rule.full_range else []
-        options += {"minmax": [], "mse": ["mse"], "percentile": [f"p{rule.percentile:g}"]}[rule.range]
+        options += {"minmax": [], "mse": ["mse"], "percentile": [percent]}[rule.range]
         return ":".join([self.dtype.name, str(self.granularity), *options])
 
     @property
@@ -90,7 +90,10 @@ class Format:
             )
         if rule.symmetric and not rule.zero_exact:
             raise EvenbitsError(f"{spelling!r}: 'free' belongs to affine formats; spell it {spelling + ':affine'!r}.")
-        return Format(dtype, Granularity.parse(granularity), rule)
+        fmt = Format(dtype, Granularity.parse(granularity), rule)
+        if str(fmt).count(":") != spelling.count(":"):
+            raise EvenbitsError(f"{spelling!r}: options repeat or contradict each other; together they say '{fmt}'.")
+        return fmt
 
 
 def _half_range(dtype: QDtype) -> str:

@@ -24,8 +24,8 @@ import torch
 
 from evenbits.errors import EvenbitsError
 
-_GROUP = re.compile(r"g([1-9]\d*)")
-_AXIS = re.compile(r"axis(-?\d+)")
+_GROUP = re.compile(r"g([1-9][0-9]{0,8})")
+_AXIS = re.compile(r"axis(-?[0-9]{1,3})")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class RunningError:
         """Signal-to-quantization-noise ratio, 10·log10(Σ ref² / Σ err²); inf if there is no error."""
         if self.noise == 0:
             return math.inf
-        return -math.inf if self.signal == 0 else 10 * math.log10(self.signal / self.noise)
+        ratio = self.signal / self.noise
+        return -math.inf if ratio == 0 else 10 * math.log10(ratio)
 
     @property
     def cosine(self) -> float:

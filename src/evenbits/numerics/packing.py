@@ -24,6 +24,7 @@ def pack(codes_RK: torch.Tensor, bits: int) -> torch.Tensor:
     _check_bits(bits)
     rows, columns = codes_RK.shape
     if bits == 8:
+        codes_RK = codes_RK.contiguous()
         return codes_RK.to(torch.uint8) if codes_RK.dtype != torch.int8 else codes_RK.view(torch.uint8)
     padded = torch.nn.functional.pad(codes_RK, (0, -columns % _LANES))
     lanes_RWL = padded.reshape(rows, -1, _LANES)

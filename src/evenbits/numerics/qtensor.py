@@ -17,6 +17,8 @@ from evenbits.numerics.format import Format
 from evenbits.numerics.packing import pack, packed_width, unpack
 from evenbits.numerics.ranges import find_range
 
+_ENCODABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
@@ -62,8 +64,10 @@ class QTensor:
         zero_point = None if self.zero_point is None else self.zero_point.to(torch.int32)
         scale = granularity.spread(self.scale, codes_RK.shape[1])
         zero_point = None if zero_point is None else granularity.spread(zero_point, codes_RK.shape[1])
-        values_RK = from_codes(codes_RK, scale, zero_point)
-        return granularity.unmatrix(values_RK, self.shape).to(dtype or self.dtype)
+        values_RK, dtype = from_codes(codes_RK, scale, zero_point), dtype or self.dtype
+        if dtype in (torch.float16, torch.bfloat16):  # half a step above the largest number must not become infinite
+            values_RK.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+        return granularity.unmatrix(values_RK, self.shape).to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -109,13 +113,16 @@ def _scales(x_RK: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _check_encodable(x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+    if not isinstance(x, torch.Tensor) or x.dtype not in _ENCODABLE:
         given = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise EvenbitsError(
-            f"only floating-point tensors can be encoded; given {given}. Convert it with .float() first."
+            f"only float16, bfloat16, float32 and float64 tensors can be encoded; given {given}. Convert it with "
+            ".float() first."
         )
     if x.numel() == 0:
         raise EvenbitsError(f"a tensor without elements cannot be encoded; given shape {list(x.shape)}.")
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise EvenbitsError(f"{bad} of {x.numel()} values are NaN or infinite; mend the tensor before quantizing it.")
+    if x.dtype == torch.float64 and float(x.abs().max()) > torch.finfo(torch.float32).max:
+        raise EvenbitsError(f"scales are float32, which cannot hold {float(x.abs().max()):g}; scale the tensor down.")

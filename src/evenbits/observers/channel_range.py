@@ -42,8 +42,8 @@ class ChannelRange:
             return
         x = x.detach().movedim(channel_dim, -1)
         other = tuple(range(x.ndim - 1))
-        lo, hi = (x.amin(dim=other), x.amax(dim=other)) if other else (x, x)
-        lo, hi = lo.float(), hi.float()
+        lo, hi = (x.amin(dim=other), x.amax(dim=other)) if other else (x.clone(), x.clone())
+        lo, hi = lo.float(), hi.float()  # never a view of x: what follows the layer may write into it
         if not bool(torch.isfinite(lo).all() and torch.isfinite(hi).all()):
             raise EvenbitsError("NaN or infinite values in the input")
         if self._hi is not None and self._hi.shape != hi.shape:

@@ -9,6 +9,7 @@ The scale convention (absmax/127, or absmax/127.5 as compressed-tensors uses) is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -39,7 +40,7 @@ class Scheme:
         object.__setattr__(self, "weights", Format.parse(self.weights))
         if self.input_activations is not None:
             object.__setattr__(self, "input_activations", Format.parse(self.input_activations))
-        if isinstance(self.ignore, str) or not all(isinstance(name, str) for name in self.ignore):
+        if not isinstance(self.ignore, (list, tuple)) or not all(isinstance(name, str) for name in self.ignore):
             raise EvenbitsError(f"scheme key 'ignore' must be a list of layer names; given {self.ignore!r}.")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if not isinstance(self.dynamic, bool):
@@ -90,8 +91,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise EvenbitsError(f"the scheme file {path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise EvenbitsError(f"the scheme file {path} must hold keys and values, such as 'weights: int8:row'.")
