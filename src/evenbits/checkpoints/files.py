@@ -109,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if path.stat().st_size > _CONFIG_LIMIT:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a real one is far smaller.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Quantize the model again.") from error
     if not isinstance(config, dict) or config.get("format") != "evenbits":
@@ -124,7 +124,11 @@ def check_config(folder: Path, config: dict[str, Any], version: int) -> None:
             f"{folder} was written in format version {config.get('format_version')!r}; this evenbits reads version "
             f"{version}. Use the evenbits that wrote it ({config.get('evenbits_version')!r}) or quantize again."
         )
-    if config.get("checksum") != _checksum(config):
+    try:
+        checksum = _checksum(config)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}.") from error
+    if config.get("checksum") != checksum:
         raise CheckpointError(f"{folder / CONFIG} was altered after it was written. Quantize the model again.")
 
 
@@ -135,7 +139,7 @@ def check_files(folder: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{folder / CONFIG} does not list {WEIGHTS}.")
     for name, entry in files.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink() or not isinstance(entry, dict):
+        if not _plain_name(name) or path.is_symlink() or not isinstance(entry, dict):
             raise CheckpointError(f"{folder / CONFIG} lists {name!r}, which is not a plain file of this folder.")
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {name}; it was removed or renamed. Quantize the model again.")
@@ -146,6 +150,14 @@ def check_files(folder: Path, config: dict[str, Any]) -> None:
             )
         if sha256(path) != entry.get("sha256"):
             raise CheckpointError(f"{path} was altered after it was written (its SHA-256 differs). Copy it again.")
+
+
+def _plain_name(name: str) -> bool:
+    return Path(name).name == name and name.isprintable() and name not in (".", "..")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _checksum(config: dict[str, Any]) -> str:

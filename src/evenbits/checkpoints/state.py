@@ -8,11 +8,12 @@ on load: half the bytes, the same bits. Tensors of quantized layers are stored a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from evenbits.errors import CheckpointError
+from evenbits.errors import CheckpointError, EvenbitsError
 from evenbits.nn.base import QuantizedLayer
 
 _NARROW_FROM = 1024  # elements; below that the saving is not worth a line in the config
@@ -37,9 +38,12 @@ def model_state(model: nn.Module) -> State:
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     widened: dict[str, str] = {}
-    first: dict[tuple[int, tuple[int, ...], torch.dtype], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
     for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        if not isinstance(tensor, torch.Tensor):
+            raise EvenbitsError(f"the model's state {name!r} is a {type(tensor).__name__}; only tensors can be saved.")
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and key in first:
             aliases[name] = first[key]
             continue
@@ -47,7 +51,11 @@ def model_state(model: nn.Module) -> State:
         narrow = None if name.startswith(quantized) else _narrower(tensor)
         if narrow is not None:
             widened[name] = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = tensor.detach().to("cpu", narrow or tensor.dtype).contiguous()
+        stored = tensor.detach().to("cpu", narrow or tensor.dtype).contiguous()
+        # A file has no overlapping tensors: a view of another one is written as a copy.
+        storage = stored.untyped_storage().data_ptr()
+        tensors[name] = stored.clone() if storage in storages else stored
+        storages.add(storage)
     return State(tensors, aliases, widened)
 
 

@@ -8,6 +8,7 @@ not kept alive: values are numbered, and numbers are found again through weak re
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -70,17 +71,22 @@ class Trace:
 _COPIES = frozenset({"aten._unsafe_view", "aten.clone", "aten._to_copy", "aten.contiguous", "aten._reshape_alias"})
 
 
-def trace(model: nn.Module, run: Callable[[], Any], layers: Iterable[str]) -> Trace:
-    """Runs `run()`, one forward of `model`, and returns its data flow and what the modules in `layers` read."""
+def trace(model: nn.Module, run: Callable[[], Any], layers: Iterable[str], *, hooks: bool = True) -> Trace:
+    """Runs `run()`, one forward of `model`, and returns its data flow and what the modules in `layers` read.
+
+    hooks: without them operations have no module, and the model takes the paths it keeps for when nobody watches.
+    """
     recorder = _Recorder(model)
     with ExitStack() as stack:
-        stack.enter_context(_module_names(model, set(layers), recorder))
+        if hooks:
+            stack.enter_context(_module_names(model, set(layers), recorder))
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
         output = run()
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, torch.Tensor):
-            recorder.result.escaped.add(recorder.value_of(leaf))
+    gc.collect()
+    # Whatever is still alive is held by the output or by something that the forward filled (a cache, an attribute).
+    recorder.result.escaped |= recorder.alive()
+    del output
     return recorder.result
 
 
@@ -103,6 +109,10 @@ class _Recorder(TorchDispatchMode):
         """The number of the value that `tensor` holds now."""
         entry = self._live.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else self._new_value(tensor)
+
+    def alive(self) -> set[int]:
+        """The values whose tensors still exist."""
+        return {value for reference, value in self._live.values() if reference() is not None}
 
     def _new_value(self, tensor: torch.Tensor) -> int:
         value, key = self._next, id(tensor)

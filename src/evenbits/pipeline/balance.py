@@ -46,6 +46,9 @@ def balance(model: nn.Module, plans: list[LayerPlan], watched: Watched, methods:
         weights = [weight_OI(model.get_submodule(name)) for name in region.layers]
         decided = methods.balance(absmax_I, weights, **methods.balance_options)
         scales |= dict.fromkeys(region.layers, decided.scale_I)
+        if region.name in folds and folds[region.name].loses(decided.scale_I):
+            failed[region.name] = "the fold would lose precision in the type of the norm's parameters"
+            del folds[region.name]
         if region.name in folds:
             applied.append((folds[region.name], decided.scale_I))
             status, reason = "folded", f"into {region.producer.gain}" if region.producer else ""

@@ -8,6 +8,7 @@ activations) for tracing, for proofs and for measuring each layer's error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from tqdm.auto import tqdm
 from evenbits.errors import EvenbitsError
 
 KEPT = 4
+# What a model raises for a batch that it cannot take.
+_REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 class Batches:
@@ -39,13 +42,18 @@ class Batches:
             self.kept.append(batch)
             if len(self.kept) == KEPT:
                 break
-        kept = [_plain(batch) for batch in self.kept]
-        if not any(t.numel() for t in tree_leaves(kept) if isinstance(t, torch.Tensor)):
+        tensors = [[t for t in tree_leaves(_plain(b)) if isinstance(t, torch.Tensor)] for b in self.kept]
+        for index, found in enumerate(tensors):
+            if not found:
+                kind = type(self.kept[index]).__name__
+                raise EvenbitsError(f"calibration batch {index} holds no tensor (it is a {kind}).")
+        if not any(tensor.numel() for found in tensors for tensor in found):
             raise EvenbitsError("the calibration data is empty; pass at least one batch with at least one element.")
 
     def run(self, batch: Any) -> Any:
         """One forward on one batch, without gradients, on the model's device."""
-        device = next(self._model.parameters()).device
+        first = next(chain(self._model.parameters(), self._model.buffers()), None)
+        device = torch.device("cpu") if first is None else first.device
         batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, _plain(batch))
         with torch.no_grad():
             if isinstance(batch, dict):
@@ -65,12 +73,22 @@ class Batches:
                 self.run(batch)
             except EvenbitsError as error:
                 raise EvenbitsError(f"calibration batch {index}: {error}") from error
-            except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+            except _REFUSALS as error:
                 raise EvenbitsError(
                     f"the model could not run calibration batch {index} ({type(batch).__name__}): {error}. A tensor is "
                     "passed as the one argument, a tuple or list as positional and a mapping as keyword arguments."
                 ) from error
             self.count += 1
+
+    def check_quantized(self) -> None:
+        """Runs the first batch once more. Raises EvenbitsError if the model, its layers replaced, no longer runs."""
+        try:
+            self.run(self.kept[0])
+        except (*_REFUSALS, EvenbitsError) as error:
+            raise EvenbitsError(
+                f"the model does not run with quantized layers ({type(error).__name__}: {error}); it is left as it "
+                "was. Keep the layer in question in float: add its name to 'ignore'."
+            ) from error
 
 
 def _plain(batch: Any) -> Any:

@@ -77,7 +77,7 @@ def _lines(model: nn.Module, scheme: Scheme, owners: dict[int, list[str]]) -> It
         for parameter_name, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{parameter_name}" if name else parameter_name
             if kind is not None and parameter_name == "weight":
-                reason = _why_float(name, owners[id(parameter)], full_name, scheme)
+                reason = _why_float(name, owners[id(parameter)], full_name, scheme) or _burden(module)
                 yield LayerPlan(name, kind, weight_shape(module), reason)
             elif parameter.ndim >= 2 and full_name == owners[id(parameter)][0]:
                 yield LayerPlan(full_name, type(module).__name__, tuple(parameter.shape), _foreign(module))
@@ -90,6 +90,15 @@ def _why_float(name: str, owners: list[str], full_name: str, scheme: Scheme) -> 
     if not name:
         return "the model is this single layer; wrap it in a module to have it replaced"
     return "ignored by the scheme" if scheme.ignores(name) else ""
+
+
+def _burden(module: nn.Module) -> str:
+    """What a layer carries that its replacement would lose."""
+    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    extra = [name for name in (*own, *dict(module.named_children())) if name not in ("weight", "bias")]
+    if extra:
+        return f"it carries {extra[0]!r} besides weight and bias"
+    return "it has forward hooks, which would be lost" if module._forward_hooks or module._forward_pre_hooks else ""
 
 
 def _foreign(module: nn.Module) -> str:
@@ -111,3 +120,23 @@ def outside_readers(trace: Trace, plans: list[LayerPlan]) -> dict[str, str]:
                 place = trace.ops[index].module or "the model"
                 found[layer] = f"its parameters are read directly by {place}, outside the layer"
     return found
+
+
+def unwatched_readers(watched: Trace, bare: Trace, plans: list[LayerPlan]) -> dict[str, str]:
+    """Layers whose weight other operations read when no hook is set (name → reason), such as a fused encoder layer."""
+    names = {plan.name for plan in plans}
+    found: dict[str, str] = {}
+    for value, owners in bare.parameters.items():
+        layer = owners[0].rpartition(".")[0]
+        if layer not in names:
+            continue
+        seen, now = _reading(watched, owners), [bare.ops[index].name for index in bare.readers.get(value, [])]
+        if new := sorted(set(now) - set(seen)):
+            fused = new[0].removeprefix("aten.").partition(".")[0]
+            found[layer] = f"its parameters are read directly by {fused} when nobody watches, outside the layer"
+    return found
+
+
+def _reading(trace: Trace, owners: tuple[str, ...]) -> list[str]:
+    value = next(value for value, names in trace.parameters.items() if names == owners)
+    return [trace.ops[index].name for index in trace.readers.get(value, [])]

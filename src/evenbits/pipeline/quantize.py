@@ -75,8 +75,10 @@ def quantize(
             raise EvenbitsError(_nothing_to_do(plans))
         balanced = balance(model, chosen, watched, methods) if watched is not None else Balanced()
         solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
-        swap(model, {name: layer.module for name, layer in solved.items()}, balanced.folds)
-    return _result(model, scheme, methods, plans, balanced, solved, watched, start)
+        with swap(model, {name: layer.module for name, layer in solved.items()}, balanced.folds):
+            if batches is not None:
+                batches.check_quantized()
+            return _result(model, scheme, methods, plans, balanced, solved, watched, start)
 
 
 def _refuse_quantized(model: nn.Module) -> None:

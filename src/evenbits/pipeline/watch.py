@@ -11,7 +11,7 @@ from evenbits.graph.trace import Trace, trace
 from evenbits.observers.calibrate import channel_ranges
 from evenbits.observers.channel_range import ChannelRange
 from evenbits.pipeline.batches import Batches
-from evenbits.pipeline.plan import LayerPlan, outside_readers
+from evenbits.pipeline.plan import LayerPlan, outside_readers, unwatched_readers
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ def watch(
     dims = {plan.name: plan.channel_dim for plan in plans if not plan.reason}
     ranges = channel_ranges(model, dims, batches.run_all)
     flow = trace(model, lambda: batches.run(batches.kept[0]), dims)
-    blocked = outside_readers(flow, [plan for plan in plans if not plan.reason])
+    bare = trace(model, lambda: batches.run(batches.kept[0]), (), hooks=False)
+    open_plans = [plan for plan in plans if not plan.reason]
+    blocked = outside_readers(flow, open_plans) | unwatched_readers(flow, bare, open_plans)
     if static:
         unseen = dict.fromkeys(dims, "did not run on the calibration data: no activation scale")
         blocked |= {name: reason for name, reason in unseen.items() if not ranges[name].seen}
