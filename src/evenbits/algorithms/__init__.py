@@ -20,11 +20,15 @@ ALGORITHMS: dict[str, str] = {
 
 def get(name: str) -> Any:
     """The method function `name`, marked by one of the decorators of `algorithms.base`. Raises EvenbitsError."""
-    table = dict(ALGORITHMS) | {entry.name: entry.value for entry in entry_points(group="evenbits.algorithms")}
+    # A name of our own is never taken over by another package.
+    table = {entry.name: entry.value for entry in entry_points(group="evenbits.algorithms")} | ALGORITHMS
     if name not in table:
         raise unknown_name("method", name, table)
     module, _, attribute = table[name].partition(":")
-    function = getattr(import_module(module), attribute)
+    try:
+        function = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise EvenbitsError(f"method {name!r} is registered as {table[name]!r}, which fails: {error}") from error
     if not hasattr(function, "kind"):
         raise EvenbitsError(
             f"method {name!r} ({table[name]}) is not marked by a decorator of evenbits.algorithms.base."

@@ -12,8 +12,9 @@ from evenbits.checkpoints.files import CONFIG, WEIGHTS, check_config, check_file
 from evenbits.checkpoints.native import VERSION
 from evenbits.errors import CheckpointError
 
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_WEIGHT_PARTS = ("weight", "weight_scale", "weight_zero_point", "weight_sum")
+_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_ITEM_BYTES |= {"U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_OTHER_PARTS = ("weight_scale", "weight_zero_point", "weight_sum")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -25,14 +26,20 @@ def describe(path: str | Path) -> dict[str, Any]:
     config = read_config(folder)
     check_config(folder, config, VERSION)
     check_files(folder, config)
-    sizes = _tensor_bytes(folder / WEIGHTS)
+    try:
+        return _described(folder, config, _tensor_bytes(folder / WEIGHTS))
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"the tables of {folder / CONFIG} cannot be read: {error!r}.") from error
+
+
+def _described(folder: Path, config: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     result = config.get("result") or {}
     solved = {row["name"]: row for row in result.get("layers", [])}
     layers = [_layer(name, entry, sizes, solved.get(name, {})) for name, entry in config["layers"].items()]
     floats = [row for row in result.get("layers", []) if row["status"] == "float"]
     weight_bytes = sum(layer["weight_bytes"] for layer in layers)
     return {
-        "path": str(path),
+        "path": str(folder),
         "source": config["source"],
         "evenbits_version": config["evenbits_version"],
         "scheme": result.get("scheme"),
@@ -49,7 +56,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _layer(name: str, entry: dict[str, Any], sizes: dict[str, int], row: dict[str, Any]) -> dict[str, Any]:
     elements = prod(entry["shape"])
-    nbytes = sum(sizes.get(f"{name}.{part}", 0) for part in _WEIGHT_PARTS)
+    nbytes = sizes[f"{name}.weight"] + sum(sizes.get(f"{name}.{part}", 0) for part in _OTHER_PARTS)
     activations = entry["input"] and f"{entry['input']} {'static' if entry['static'] else 'dynamic'}"
     return {
         "name": name,

@@ -10,7 +10,8 @@ once instead of filling a model with random weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from evenbits.numerics.format import Format
 
 VERSION = 1
 _KINDS: dict[str, type[QuantizedLayer]] = {"linear": QLinear, "conv2d": QConv2d}
+_LARGEST = 2**48  # elements of one layer; more is no real checkpoint
 _MARGIN = 8 * 1024 * 1024  # config, tokenizer and file system overhead
 
 
@@ -60,13 +62,22 @@ def save(
             save_file(state.tensors, folder / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        hf.save_extras(model, tokenizer, folder)
+        _save_extras(model, tokenizer, folder)
         write_config(folder, _config(model, layers, state, result))
         stored = _read_state(folder, read_config(folder))
         _compare(stored, state)
         if verify is not None:
             verify(folder)
     return path
+
+
+def _save_extras(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    try:
+        hf.save_extras(model, tokenizer, folder)
+    except Exception as error:  # tokenizers raises plain Exception, also for a full disk
+        raise EvenbitsError(
+            f"the model's config or tokenizer cannot be written ({error}); nothing was written."
+        ) from error
 
 
 def _config(model: nn.Module, layers: dict[str, QuantizedLayer], state: State, result: Any) -> dict[str, Any]:
@@ -118,13 +129,34 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(
             f"the checkpoint has a layer {strangers[0]!r}, which the model lacks: it belongs to another model."
         )
+    for name, layer in layers.items():
+        _check_place(name, layer, present[name])
     undo = replace_modules(model, layers)
     try:
-        restore(model, state)  # checks every name and shape before it changes anything
-    except CheckpointError:
+        restore(model, state)  # checks every name, shape and type before it changes anything
+    except BaseException:
         undo()
         raise
     return model.eval()
+
+
+def _check_place(name: str, layer: QuantizedLayer, present: nn.Module) -> None:
+    """Raises CheckpointError unless `present` is a float layer of the kind and shape that `layer` replaces."""
+    weight = getattr(present, "weight", None)
+    shape = getattr(present, "weight_shape", tuple(weight.shape) if isinstance(weight, torch.Tensor) else ())
+    if isinstance(layer, QConv2d):
+        geometry = QConv2d.geometry_of(present) if isinstance(present, nn.Conv2d) else {}
+        fits = shape == layer.weight_shape and (geometry == layer.geometry or type(present) is QConv2d)
+    else:
+        # Hugging Face's Conv1D holds its weight as [in, out].
+        turned = type(present).__name__ == "Conv1D"
+        named = isinstance(present, (nn.Linear, QLinear)) or turned
+        fits = named and layer.weight_shape == (shape[::-1] if turned else shape)
+    if not fits:
+        raise CheckpointError(
+            f"layer {name!r} of the checkpoint is a {type(layer).__name__} of shape {list(layer.weight_shape)}; the "
+            f"model has a {type(present).__name__} there{f' of shape {list(shape)}' if shape else ''}."
+        )
 
 
 def _check_scales(state: State) -> None:
@@ -133,24 +165,28 @@ def _check_scales(state: State) -> None:
             raise CheckpointError(f"tensor {name!r} of the checkpoint holds scales that are not finite.")
 
 
-def _empty_layers(config: dict[str, Any]) -> dict[str, nn.Module]:
+def _empty_layers(config: dict[str, Any]) -> dict[str, QuantizedLayer]:
     entries = config.get("layers")
     if not isinstance(entries, dict) or not entries or "" in entries:
         raise CheckpointError("the checkpoint's layer table is empty or unreadable.")
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, QuantizedLayer] = {}
     for name, entry in entries.items():
         try:
             layers[name] = _empty_layer(entry)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"layer {name!r} of the checkpoint cannot be built: {error}") from error
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            what = f"no or unknown {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(f"layer {name!r} of the checkpoint cannot be built: {what}") from error
     return layers
 
 
 def _empty_layer(entry: dict[str, Any]) -> QuantizedLayer:
     kind = _KINDS[entry["kind"]]
     shape = tuple(int(size) for size in entry["shape"])
-    if len(shape) != (4 if kind is QConv2d else 2) or min(shape) < 1:
+    if len(shape) != (4 if kind is QConv2d else 2) or min(shape) < 1 or prod(shape) > _LARGEST:
         raise ValueError(f"shape {list(shape)} does not suit kind {entry['kind']!r}")
+    groups = int(entry["geometry"]["groups"]) if kind is QConv2d else 1
+    if entry["multiplier"] not in (0, shape[1] * groups):
+        raise ValueError(f"{entry['multiplier']!r} multipliers for {shape[1] * groups} channels")
     return kind.empty(
         shape,
         Format.parse(entry["weight"]),
@@ -168,9 +204,13 @@ def _read_state(folder: Path, config: dict[str, Any]) -> State:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}.") from error
     aliases, widened = config.get("aliases", {}), config.get("widened", {})
-    if not isinstance(aliases, dict) or not isinstance(widened, dict):
+    if not all(isinstance(table, dict) and _strings(table.values()) for table in (aliases, widened)):
         raise CheckpointError("the checkpoint's tables of ties and types cannot be read.")
     return State(tensors, aliases, widened)
+
+
+def _strings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _compare(stored: State, state: State) -> None:

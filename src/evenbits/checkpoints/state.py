@@ -81,19 +81,27 @@ def restore(model: nn.Module, state: State) -> None:
         tensors[alias] = tensors[name]
     expected = model.state_dict()
     _check_names(set(expected), set(tensors))
+    exact = _exact_names(model)
     for name, tensor in tensors.items():
         if tuple(expected[name].shape) != tuple(tensor.shape):
             raise CheckpointError(
                 f"tensor {name!r} has shape {list(tensor.shape)} in the checkpoint and {list(expected[name].shape)} in "
                 "the model."
             )
-        if expected[name].is_floating_point() != tensor.is_floating_point():
+        same = expected[name].dtype == tensor.dtype
+        if not same and (name in exact or not (expected[name].is_floating_point() and tensor.is_floating_point())):
             raise CheckpointError(
                 f"tensor {name!r} is {tensor.dtype} in the checkpoint, {expected[name].dtype} in the model."
             )
     model.load_state_dict(tensors, strict=True, assign=True)
     for alias, name in state.aliases.items():
         _tie(model, alias, name)
+
+
+def _exact_names(model: nn.Module) -> set[str]:
+    """Codes, scales and zero points: a quantized layer has them in one type only (its bias in any float type)."""
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)]
+    return {f"{name}.{part}" for name, layer in layers for part, _ in layer.named_buffers() if part != "bias"}
 
 
 def _check_names(expected: set[str], given: set[str]) -> None:
@@ -115,4 +123,5 @@ def _tie(model: nn.Module, alias: str, name: str) -> None:
         return model.get_submodule(parent), last
 
     (owner, tensor_name), (other, other_name) = place(name), place(alias)
-    setattr(other, other_name, getattr(owner, tensor_name))
+    if (tensor_name in owner._parameters) == (other_name in other._parameters):
+        setattr(other, other_name, getattr(owner, tensor_name))

@@ -39,12 +39,16 @@ def load_pretrained(source: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         cls = _model_class(transformers, getattr(config, "architectures", None))
-        model = cls.from_pretrained(source, dtype=dtype, trust_remote_code=False).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, EvenbitsError):
-            raise
+        model, info = cls.from_pretrained(source, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    except EvenbitsError:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors raise errors of many bases
         raise EvenbitsError(_cannot_load(source, error)) from error
-    return model, load_tokenizer(source)
+    if missing := sorted(info["missing_keys"]):
+        raise EvenbitsError(
+            f"{source} lacks {len(missing)} tensors of a {cls.__name__}, such as {missing[0]!r}; they would be random."
+        )
+    return model.eval(), load_tokenizer(source)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -55,7 +59,9 @@ def load_tokenizer(source: str | Path) -> Any:
         return None
     try:
         return library("loading a tokenizer").AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except MissingExtraError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
         raise EvenbitsError(f"the tokenizer of {source} cannot be loaded: {error}") from error
 
 
@@ -122,12 +128,10 @@ def skeleton(folder: Path, source: Any) -> nn.Module:
         cls = _model_class(transformers, named.get("architectures"))
         with _parameters_on_meta():
             model: nn.Module = cls(config)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if hasattr(model, "generation_config") and (folder / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a strange config makes a model class raise
         raise CheckpointError(f"the model of {folder} cannot be built from its config.json: {error}") from error
-    if hasattr(model, "generation_config") and (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -47,7 +47,7 @@ def main() -> None:
     try:
         app()
     except EvenbitsError as error:
-        print(f"evenbits: {error}", file=sys.stderr)
+        print(f"evenbits: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("evenbits: interrupted; nothing was written.", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evenbits.checkpoints.files import check_output
 from evenbits.checkpoints.native import load, save
 from evenbits.data.arrays import Arrays
 from evenbits.demo import model as built_in
@@ -28,7 +29,7 @@ from evenbits.reporting.svg import channel_ranges as channel_ranges_svg
 
 _CONTEXT = 256
 _PICTURED = "layers.0.attention.q_proj"
-_PROMPT = b"The "
+_PROMPT = b"The return statement "
 _TIMED_ROUNDS = 15
 
 
@@ -76,7 +77,11 @@ def run_demo(output: Path) -> Demo:
     Raises EvenbitsError if the folder cannot be written or the reloaded model is not the one that was saved.
     """
     start = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvenbitsError(f"the demo's folder cannot be made: {error}") from error
+    check_output(output / "checkpoint", overwrite=True)
     planted = built_in.plant_outliers(built_in.load_byte_lm())
     batches = _calibration_batches()
     models: dict[str, nn.Module] = {"float": _planted_model()}
@@ -96,7 +101,11 @@ def run_demo(output: Path) -> Demo:
     picture = output / "channel-ranges.svg"
     picture.write_text(_picture(models["float"], models["w8a8_smoothquant"], batches), encoding="utf-8")
     times = _milliseconds(models)
-    text = built_in.generate(reloaded, _PROMPT, 200, temperature=0.5) if isinstance(reloaded, built_in.ByteLM) else b""
+    text = (
+        built_in.generate(reloaded, _PROMPT, 200, temperature=0.6, seed=2)
+        if isinstance(reloaded, built_in.ByteLM)
+        else b""
+    )
     return Demo(
         rows=tuple(_row(name, model, results.get(name), times[name]) for name, model in models.items()),
         digits=_digits(),

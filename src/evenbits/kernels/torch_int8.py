@@ -27,7 +27,15 @@ def int_mm(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] · int8 [N, K]ᵀ → int32 [M, N] by torch._int_mm (b is passed as a transposed view, not copied)."""
     if a_MK.is_cuda:
         return _padded(a_MK, b_NK)
-    return torch._int_mm(a_MK, b_NK.t())
+    if a_MK.shape[1] == 1:  # no strides of a [N, 1] matrix satisfy torch._int_mm: it returns unwritten memory
+        return a_MK.to(torch.int32) * b_NK.to(torch.int32).t()
+    return torch._int_mm(_plain_strides(a_MK), _plain_strides(b_NK).t())
+
+
+def _plain_strides(x_MK: torch.Tensor) -> torch.Tensor:
+    """x with strides (K, 1). Others, even of a dimension of size one, make torch._int_mm on a CPU return unwritten
+    memory without a word (https://github.com/pytorch/pytorch/issues/195066). No copy where x is contiguous."""
+    return x_MK.reshape(-1).view(x_MK.shape)
 
 
 def _padded(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def to_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | No
     """Floats → codes in the storage type of `fmt` (int8 or uint8); scale and zero point broadcast against x."""
     if zero_point is not None and not fmt.rule.zero_exact:
         x = x.double()  # a free zero point far from zero has more digits than float32
-    codes = torch.round(x / scale)
+    codes = (x / scale).round_()
     if zero_point is not None:
         codes += zero_point
     return codes.clamp_(*fmt.code_range).to(fmt.dtype.storage)

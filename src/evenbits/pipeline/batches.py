@@ -54,7 +54,9 @@ class Batches:
         """One forward on one batch, without gradients, on the model's device."""
         first = next(chain(self._model.parameters(), self._model.buffers()), None)
         device = torch.device("cpu") if first is None else first.device
-        batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, _plain(batch))
+        # Copied: a model may write into its input, and the kept batches are run several times.
+        copied = lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
+        batch = tree_map(copied, _plain(batch))
         with torch.no_grad():
             if isinstance(batch, dict):
                 return self._model(**batch)

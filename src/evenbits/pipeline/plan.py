@@ -77,14 +77,15 @@ def _lines(model: nn.Module, scheme: Scheme, owners: dict[int, list[str]]) -> It
         for parameter_name, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{parameter_name}" if name else parameter_name
             if kind is not None and parameter_name == "weight":
-                reason = _why_float(name, owners[id(parameter)], full_name, scheme) or _burden(module)
+                # The same module in two places is one layer; two modules with one weight are tied.
+                owned = [o for o in owners[id(parameter)] if model.get_submodule(o.rpartition(".")[0]) is not module]
+                reason = _why_float(name, owned, scheme) or _burden(module)
                 yield LayerPlan(name, kind, weight_shape(module), reason)
             elif parameter.ndim >= 2 and full_name == owners[id(parameter)][0]:
                 yield LayerPlan(full_name, type(module).__name__, tuple(parameter.shape), _foreign(module))
 
 
-def _why_float(name: str, owners: list[str], full_name: str, scheme: Scheme) -> str:
-    others = [owner for owner in owners if owner != full_name]
+def _why_float(name: str, others: list[str], scheme: Scheme) -> str:
     if others:
         return f"its weight is tied to {', '.join(others)}"
     if not name:

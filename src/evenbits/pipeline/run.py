@@ -95,7 +95,7 @@ def quantize_to_folder(
 
 
 def _default_output(model: str, scheme: str) -> Path:
-    stem = model.rpartition(":")[2] if is_python(model) else Path(model).name
+    stem = model.rpartition(":")[2] if is_python(model) else Path(model).name or Path(model).resolve().name
     return Path(f"{stem}-{Path(scheme).stem}")
 
 

@@ -7,16 +7,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> Table:
     """A table whose first `left` columns are text and the others right-aligned figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    # Text, not str: a bracket in a name is no markup.
+    made = Table(
+        title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for index, column in enumerate(columns):
         # Names fold rather than vanish in a narrow terminal.
-        made.add_column(column, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
+        made.add_column(
+            Text(column), justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left
+        )
     for row in rows:
-        made.add_row(*(figure(cell) for cell in row))
+        made.add_row(*(Text(figure(cell)) for cell in row))
     return made
 
 
@@ -45,4 +51,5 @@ def show(*parts: Any) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     for part in parts:
-        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+        # Lines are not wrapped: a path must survive copying.
+        console.print(part, markup=False, soft_wrap=True) if isinstance(part, str) else console.print(part)
