@@ -1,4 +1,4 @@
-"""The README's INT8 accuracy table: float against W8A8, rounded (rtn) and smoothed, on real models through the command line.
+"""The README's INT8 accuracy table: float against W8A8, rounded and smoothed, on real models, by the command line.
 
     python benchmarks/accuracy_int8.py --data DIR [--json]
 
@@ -41,9 +41,7 @@ def rows(name: str, model: Path, task: list[str], metric: str, calibration: list
     with tempfile.TemporaryDirectory() as folder:
         for scheme, method in RUNS:
             out = Path(folder) / f"{scheme}-{method}"
-            run = evenbits(
-                "quantize", str(model), "-o", str(out), "--scheme", scheme, "--method", method, *calibration
-            )
+            run = evenbits("quantize", str(model), "-o", str(out), "--scheme", scheme, "--method", method, *calibration)
             scored = evenbits("evaluate", str(out), *task)
             made.append(
                 {

@@ -1,6 +1,6 @@
 """Writes docs/ovp-vectors.json: what every byte means, and what encoders must write, for implementers of the format.
 
-    python tools/make_ovp_vectors.py [--example]
+python tools/make_ovp_vectors.py [--example]
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ KINDS = ("int", "flint", "flint_i8")
 EXAMPLE = [(15.0, -30.0), (30.0, 15.0), (10.0, 7.0), (3.0, 40.0), (200.0, 1.0)]
 HAND_PICKED = [
     *EXAMPLE,
-    *[(0.0, 0.0), (-0.0, 0.4), (0.5, 1.5), (2.5, -2.5), (5.0, 7.0), (12.0, -12.0), (9.5, 0.0), (9.51, 0.0), (14.0, 0.0)],
+    *[
+        (0.0, 0.0),
+        (-0.0, 0.4),
+        (0.5, 1.5),
+        (2.5, -2.5),
+        (5.0, 7.0),
+        (12.0, -12.0),
+        (9.5, 0.0),
+        (9.51, 0.0),
+        (14.0, 0.0),
+    ],
     *[(20.0, 1.0), (-18.0, 3.0), (7.5, 11.0), (96.0, -96.0), (1e9, -1e9), (-250.0, 3.0), (24.0, 0.2), (110.0, 0.0)],
 ]
 
@@ -47,11 +57,12 @@ def vectors() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--example", action="store_true", help="print the three policies side by side and write nothing")
+    parser.add_argument("--example", action="store_true", help="print the policies side by side and write nothing")
     if parser.parse_args().example:
         for pair in EXAMPLE:
             u = torch.tensor([pair])
-            print(pair, *(f"{p}: {tuple(snap(u, pair_kind('int'), p)[0].int().tolist())}" for p in POLICIES))
+            written = {p: tuple(snap(u, pair_kind("int"), p)[0].int().tolist()) for p in POLICIES}
+            print(pair, *(f"{policy}: {values}" for policy, values in written.items()))
         return
     target = Path(__file__).resolve().parent.parent / "docs" / "ovp-vectors.json"
     partial = target.with_suffix(".partial")

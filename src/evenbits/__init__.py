@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from evenbits.algorithms import ALGORITHMS
     from evenbits.checkpoints.native import load, save
     from evenbits.evaluation.tasks import evaluate
+    from evenbits.numerics.encode import encode
     from evenbits.numerics.format import Format
-    from evenbits.numerics.qtensor import QTensor, encode
+    from evenbits.numerics.qtensor import QTensor
     from evenbits.pipeline.quantize import quantize
     from evenbits.pipeline.result import Result
     from evenbits.schemes.scheme import Scheme
@@ -28,7 +29,7 @@ _LAZY = {
     "QTensor": "evenbits.numerics.qtensor",
     "Result": "evenbits.pipeline.result",
     "Scheme": "evenbits.schemes.scheme",
-    "encode": "evenbits.numerics.qtensor",
+    "encode": "evenbits.numerics.encode",
     "evaluate": "evenbits.evaluation.tasks",
     "load": "evenbits.checkpoints.native",
     "quantize": "evenbits.pipeline.quantize",

@@ -12,8 +12,8 @@ from torch import nn
 
 from evenbits.algorithms.smoothquant import smoothquant
 from evenbits.errors import EvenbitsError
+from evenbits.numerics.encode import encode
 from evenbits.numerics.metrics import sqnr_db
-from evenbits.numerics.qtensor import encode
 
 ACT = torch.tensor([16.0, 1.0, 0.25])
 WEIGHT = torch.tensor([[1.0, -4.0, 0.5], [-0.25, 2.0, 1.0]])  # absmax of the columns: 1, 4, 1

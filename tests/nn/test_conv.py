@@ -14,8 +14,8 @@ from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import use_backend
 from evenbits.nn.conv import QConv2d
+from evenbits.numerics.encode import encode
 from evenbits.numerics.format import Format
-from evenbits.numerics.qtensor import encode
 
 # torch's own word about its float convolution, once a process, and no concern of the quantized one.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -197,7 +197,7 @@ def test_free_zero_point_beyond_float32_digits() -> None:
 
 
 def test_unsigned_without_zero_point_refuses_negatives() -> None:
-    with pytest.raises(EvenbitsError, match=r"uint8:tensor: .*negative values \(smallest: -0.5\); use 'int8' or add"):
+    with pytest.raises(EvenbitsError, match=r"uint8:tensor: .*negative values \(smallest: -0.5\); use 'int8', or"):
         _qparams(-0.5, 1.0, "uint8:tensor")
     assert _qparams(0.0, 255.0, "uint8:tensor") == (1.0, None)
     assert _qparams(-0.0, 255.0, "uint8:tensor") == (1.0, None)

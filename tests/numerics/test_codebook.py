@@ -125,6 +125,14 @@ def test_ties_go_to_the_even_code() -> None:
     assert fp4.decode(fp4.quantize(-ties)).tolist() == [0, -1, -1, -2, -2, -4, -4]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["flint4", "fp8", "nf4", "uflint4"])
+def test_views_are_searched_like_copies(name: str) -> None:
+    book, u = Codebook.parse(name), torch.rand(5, 7) * 3
+    assert torch.equal(book.quantize(u.t()), book.quantize(u).t())
+    assert torch.equal(book.nearest(u.t()), book.nearest(u).t())
+
+
 def test_values_beyond_the_table_saturate() -> None:
     for name in NAMES:
         book = Codebook.parse(name)
@@ -142,7 +150,7 @@ def test_minus_zero_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["flint1", "flint9", "fp5", "ufp4", "fp4_e2m2", "nf2", "unf4", "flint4_e1m2", "fp8_b3", "x"]
+    "name", ["flint1", "flint9", "fp5", "ufp4", "fp4_e2m2", "nf2", "unf4", "flint4_e1m2", "fp8_b3", "upot8", "x"]
 )
 def test_what_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(EvenbitsError, match=r"'"):

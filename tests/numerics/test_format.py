@@ -85,11 +85,11 @@ def test_parse_leaves_a_format_alone() -> None:
 @pytest.mark.parametrize(
     ("spelling", "words"),
     [
-        ("", "DTYPE:GRANULARITY"),
-        ("int8", "DTYPE:GRANULARITY"),
+        ("", "TYPE:GRANULARITY, such as"),
+        ("int8", "TYPE:GRANULARITY, such as"),
         (None, "None"),
         (8, "8"),
-        (b"int8:row", "DTYPE:GRANULARITY"),
+        (b"int8:row", "or mxfp4, nvfp4; given: b'int8:row'"),
         ("int9:row", "Did you mean 'int"),
         ("itn4:row", "Did you mean 'int4'"),
         (":row", "unknown data type ''"),
@@ -99,7 +99,7 @@ def test_parse_leaves_a_format_alone() -> None:
         ("int8:row:afine", "unknown option 'afine'. Allowed: affine"),
         (
             "int4:row:127.5",
-            "unknown option '127.5'. Allowed: affine, free, mse, pN with 50 < N <= 100 (such as p99.9), 7.5",
+            "pN with 50 < N <= 100 (such as p99.9), 7.5 (scale = absmax / 7.5).",
         ),
         ("int8:row:7.5", "unknown option '7.5'"),
         ("int8:row:p50", "unknown option 'p50'"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evenbits.kernels.ops import int8_matmul
+from evenbits.numerics.encode import encode
 from evenbits.numerics.metrics import mse
-from evenbits.numerics.qtensor import encode
 
 W = torch.tensor([[0.6839, 0.4741, 0.7451], [0.9301, 0.1742, 0.6835]])
 W8 = torch.tensor([[0.0806, 0.7589, 0.6038], [0.3815, 0.5040, 0.7174]])

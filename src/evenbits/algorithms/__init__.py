@@ -13,6 +13,8 @@ from typing import Any
 from evenbits.errors import EvenbitsError, unknown_name
 
 ALGORITHMS: dict[str, str] = {
+    "ant": "evenbits.algorithms.ant:ant",
+    "olive": "evenbits.algorithms.olive:olive",
     "rtn": "evenbits.algorithms.rtn:rtn",
     "smoothquant": "evenbits.algorithms.smoothquant:smoothquant",
 }

@@ -40,19 +40,29 @@ class ActivationQuantizer:
     zero_point: torch.Tensor | None = None
 
 
-def weight_method(*, needs: frozenset[str] = frozenset()) -> Callable[[_F], _F]:
-    """Marks a weight method."""
-    return _mark("weight", needs)
+@dataclass(frozen=True)
+class LayerStats:
+    """What calibration saw of a layer's input, as its weight's columns see it: balanced, one figure per column.
+
+    second_moment_I: mean x², float32 [I] (convolutions: [I·kh·kw]), or None if it was not collected.
+    """
+
+    second_moment_I: torch.Tensor | None = None
+
+
+def weight_method(*, needs: frozenset[str] = frozenset(), uses: frozenset[str] = frozenset()) -> Callable[[_F], _F]:
+    """Marks a weight method. needs: statistics it cannot do without; uses: those it takes if there is data."""
+    return _mark("weight", needs, uses)
 
 
 def balance_method(*, needs: frozenset[str] = frozenset({"absmax"})) -> Callable[[_F], _F]:
     """Marks a balance method."""
-    return _mark("balance", needs)
+    return _mark("balance", needs, frozenset())
 
 
-def _mark(kind: str, needs: frozenset[str]) -> Callable[[_F], _F]:
+def _mark(kind: str, needs: frozenset[str], uses: frozenset[str]) -> Callable[[_F], _F]:
     def mark(function: _F) -> _F:
-        function.kind, function.needs = kind, needs  # type: ignore[attr-defined]
+        function.kind, function.needs, function.uses = kind, needs, uses  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from evenbits.algorithms.base import weight_method
+from evenbits.algorithms.base import LayerStats, weight_method
+from evenbits.numerics.encode import encode
 from evenbits.numerics.format import Format
-from evenbits.numerics.qtensor import QTensor, encode
+from evenbits.numerics.qtensor import QTensor
 
 
 @weight_method()
-def rtn(weight_OI: torch.Tensor, fmt: Format, stats: object = None) -> QTensor:
+def rtn(weight_OI: torch.Tensor, fmt: Format, stats: LayerStats | None = None) -> QTensor:
     """Weight [O, I] (any float type) → QTensor in `fmt`. Raises EvenbitsError for NaN or infinite weights."""
     return encode(weight_OI, fmt)

@@ -70,6 +70,7 @@ def _layer(name: str, entry: dict[str, Any], sizes: dict[str, int], row: dict[st
         "float_weight_bytes": 4 * elements,
         "sqnr_db": row.get("sqnr_db"),
         "output_sqnr_db": row.get("output_sqnr_db"),
+        "pairs": row.get("pairs"),
     }
 
 

@@ -22,6 +22,7 @@ CONFIG = "evenbits.json"
 WEIGHTS = "evenbits.safetensors"
 _CONFIG_LIMIT = 256 * 1024 * 1024
 _CHUNK = 1 << 20
+_READ = (".json", ".safetensors", ".model", ".bin")  # what loaders read; a README beside them is nobody's business
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -158,6 +159,9 @@ def _plain_name(name: str) -> bool:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+    strangers = sorted(p.name for p in folder.iterdir() if p.suffix in _READ and p.name not in (*files, CONFIG))
+    if strangers:
+        raise CheckpointError(f"{folder} holds {strangers[0]!r}, which evenbits did not write; take it out.")
 
 
 def _checksum(config: dict[str, Any]) -> str:

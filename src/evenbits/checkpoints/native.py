@@ -34,6 +34,7 @@ from evenbits.numerics.format import Format
 VERSION = 1
 _KINDS: dict[str, type[QuantizedLayer]] = {"linear": QLinear, "conv2d": QConv2d}
 _LARGEST = 2**48  # elements of one layer; more is no real checkpoint
+_SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_multiplier")
 _MARGIN = 8 * 1024 * 1024  # config, tokenizer and file system overhead
 
 
@@ -102,6 +103,7 @@ def _layer_config(layer: QuantizedLayer) -> dict[str, Any]:
         "weight": str(layer.weight_format),
         "input": None if layer.input_format is None else str(layer.input_format),
         "static": layer.input_scale is not None,
+        "global_scale": layer.weight_global_scale is not None,
         "multiplier": 0 if layer.input_multiplier is None else layer.input_multiplier.numel(),
         "bias": layer.bias is not None,
     }
@@ -161,7 +163,9 @@ def _check_place(name: str, layer: QuantizedLayer, present: nn.Module) -> None:
 
 def _check_scales(state: State) -> None:
     for name, tensor in state.tensors.items():
-        if name.endswith(("weight_scale", "input_scale", "input_multiplier")) and not bool(tensor.isfinite().all()):
+        if name.endswith(("weight_scale", "weight_global_scale", "input_scale", "input_multiplier")) and not bool(
+            tensor.float().isfinite().all()
+        ):
             raise CheckpointError(f"tensor {name!r} of the checkpoint holds scales that are not finite.")
 
 
@@ -192,6 +196,7 @@ def _empty_layer(entry: dict[str, Any]) -> QuantizedLayer:
         Format.parse(entry["weight"]),
         None if entry["input"] is None else Format.parse(entry["input"]),
         static=bool(entry["static"]),
+        global_scale=bool(entry["global_scale"]),
         multiplier=int(entry["multiplier"]),
         bias=torch.float32 if entry["bias"] else None,
         **({"geometry": entry["geometry"]} if kind is QConv2d else {}),

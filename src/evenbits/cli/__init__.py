@@ -14,7 +14,10 @@ from evenbits.cli.demo import demo
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
 from evenbits.cli.quantize import quantize
+from evenbits.cli.table import table
 from evenbits.errors import EvenbitsError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="evenbits",
@@ -26,6 +29,7 @@ app = typer.Typer(
 app.command()(quantize)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(table)
 app.command()(demo)
 
 
@@ -49,6 +53,8 @@ def main() -> None:
     except EvenbitsError as error:
         print(f"evenbits: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:  # which typer makes of Ctrl-C, without a word
+            raise
         print("evenbits: interrupted; nothing was written.", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(_INTERRUPTED) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,36 +22,37 @@ def inspect(
     if as_json:
         emit(found)
         return
+    _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
     from evenbits.reporting.tables import show, size, table
 
     columns = ["layer", "weights", "inputs", "shape", "true bits", "bytes", "output SQNR dB"]
-    rows = [
-        (
-            layer["name"],
-            layer["format"],
-            layer["input_format"],
-            "×".join(map(str, layer["shape"])),
-            layer["bits_per_weight"],
-            layer["weight_bytes"],
-            layer["output_sqnr_db"],
-        )
-        for layer in found["layers"]
-    ]
     title = (
         f"{found['path']}: {found['source']['class']}, method {found['method']}, evenbits {found['evenbits_version']}"
     )
-    show(table(title, columns, rows, left=4), "")
+    show(table(title, columns, [_row(layer) for layer in found["layers"]], left=4), "")
+    pairs = [(layer["name"], layer["pairs"]) for layer in found["layers"] if layer["pairs"]]
+    if pairs:
+        heads = ["outlier-victim pairs", "kind", "NN %", "ON %", "OO %", "saturated %"]
+        shares = [(name, p["kind"], p["nn"], p["on"], p["oo"], p["saturated"]) for name, p in pairs]
+        show(table("N: normal, O: outlier", heads, shares, left=2), "")
     if found["float_layers"]:
         kept = [(layer["name"], "×".join(map(str, layer["shape"])), layer["reason"]) for layer in found["float_layers"]]
         show(table("kept in float", ["layer", "shape", "why"], kept, left=3), "")
-    counts: dict[str, int] = {}
-    for region in found["regions"]:
-        counts[region["status"]] = counts.get(region["status"], 0) + 1
-    if counts:
-        show("Regions: " + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())) + ".")
+    statuses = [region["status"] for region in found["regions"]]
+    if statuses:
+        show("Regions: " + ", ".join(f"{statuses.count(s)} {s}" for s in sorted(set(statuses))) + ".")
     bits = 32 * found["weight_bytes"] / found["float_weight_bytes"]
     show(
         f"{bits:.3f} true bits per quantized weight: {size(found['float_weight_bytes'])} in float32 → "
         f"{size(found['weight_bytes'])} on disk; other tensors {size(found['other_bytes'])}; "
         f"whole folder {size(found['file_bytes'])}. All files intact."
     )
+
+
+def _row(layer: dict[str, Any]) -> tuple[Any, ...]:
+    shape = "×".join(map(str, layer["shape"]))
+    figures = (layer["bits_per_weight"], layer["weight_bytes"], layer["output_sqnr_db"])
+    return (layer["name"], layer["format"], layer["input_format"], shape, *figures)

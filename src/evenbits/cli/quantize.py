@@ -18,9 +18,16 @@ def quantize(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write. Default: ./NAME-SCHEME.")
     ] = None,
-    scheme: Annotated[str, typer.Option(help="A preset (W8A8, W8A8_STATIC, W8A16, W4A16) or a YAML file.")] = "W8A8",
-    method: Annotated[str, typer.Option(help="smoothquant, or rtn (round to nearest).")] = "smoothquant",
+    scheme: Annotated[
+        str, typer.Option(help="A preset (W8A8, W8A8_STATIC, W4A16_OVP, W4A8_OVP, W4A4_OVP, …) or a YAML file.")
+    ] = "W8A8",
+    method: Annotated[
+        str | None, typer.Option(help="smoothquant, olive, ant, rtn, or smoothquant+olive. Default: by the scheme.")
+    ] = None,
     alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength, 0..1. Default: 0.5.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Of outlier-victim pairs (method olive): optimal, paper or reference.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +53,7 @@ def quantize(
             output,
             scheme=scheme,
             method=method,
-            options={} if alpha is None else {"alpha": alpha},
+            options={name: value for name, value in (("alpha", alpha), ("policy", policy)) if value is not None},
             calibration=calibration,
             samples=samples,
             length=sequence_length,
@@ -89,7 +96,7 @@ def _show(run: Run) -> None:
     show(
         f"Quantized weights: {size(result.float_weight_bytes)} in float32 → {size(result.weight_bytes)} in memory "
         f"({ratio:.4f}), {size(run.weight_bytes_on_disk)} on disk. Whole folder: {size(run.file_bytes)}.",
-        f"{result.seconds:.1f} s, peak memory {size(result.peak_bytes)}, integer products by {result.backend}.",
+        f"{result.seconds:.1f} s, peak memory {size(result.peak_bytes)}, products: {result.backend}.",
         f"Written to {run.path}, read back, equal bit for bit ({run.compared}).",
         "",
         f"Next: evenbits inspect {run.path}",

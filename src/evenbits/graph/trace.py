@@ -83,10 +83,14 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Iterable[str], *, ho
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
         output = run()
-    gc.collect()
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    bases = [leaf._base for leaf in leaves if leaf._base is not None]
+    returned = {recorder.value_of(tensor) for tensor in (*leaves, *bases)}
+    if recorder.alive() & set(recorder.result.producer) - returned:
+        gc.collect()  # it may only wait for the collector
     # Whatever is still alive is held by the output or by something that the forward filled (a cache, an attribute).
-    recorder.result.escaped |= recorder.alive()
-    del output
+    recorder.result.escaped |= recorder.alive() | returned
+    del output, leaves, bases
     return recorder.result
 
 

@@ -1,8 +1,8 @@
 """What every quantized layer shares: packed weight codes, scales that stay float32, an optional input quantizer.
 
 Buffers (tensor names are those of compressed-tensors where it has them):
-    weight             int8 [O, K] for 8-bit signed codes, else packed uint8 [O, B] (numerics/packing.py)
-    weight_scale       float32 [1], [O, 1] or [O, G];   weight_zero_point  as the format stores it
+    weight             int8 [O, K] for 8-bit signed codes, else packed uint8 [O, B]
+    weight_scale       [1], [O, 1] or [O, G], weight_zero_point, weight_global_scale, weight_kinds: as in QTensor
     bias               float [O];                       weight_sum  int32 [O], Σ codes of a row (affine activations)
     input_scale        float32 [1] if calibrated;       input_zero_point   int32 [1]
     input_multiplier   float32 [I], 1/s of a smoothing that could not be folded into the layer before
@@ -20,12 +20,21 @@ from torch import nn
 
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
+from evenbits.numerics.elements import fits_int8
+from evenbits.numerics.fake import fake_quantize
 from evenbits.numerics.format import Format
-from evenbits.numerics.packing import packed_width
+from evenbits.numerics.qdtypes import QDtype
 from evenbits.numerics.qtensor import QTensor
 
-_WEIGHT_BUFFERS = ("weight", "weight_scale", "weight_zero_point", "weight_sum")
-_FLOAT32_BUFFERS = ("weight_scale", "input_scale", "input_multiplier")
+WEIGHT_BUFFERS = (
+    "weight",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_kinds",
+    "weight_sum",
+)
+_SCALE_BUFFERS = ("weight_scale", "weight_global_scale", "input_scale", "input_multiplier")
 
 
 class QuantizedLayer(nn.Module):
@@ -34,6 +43,8 @@ class QuantizedLayer(nn.Module):
     weight: torch.Tensor
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor | None
+    weight_global_scale: torch.Tensor | None
+    weight_kinds: torch.Tensor | None
     weight_sum: torch.Tensor | None
     bias: torch.Tensor | None
     input_scale: torch.Tensor | None
@@ -53,16 +64,22 @@ class QuantizedLayer(nn.Module):
         self.weight_shape = tuple(weight_shape)
         self.input_format = None if activation is None else activation.format
         check_formats(self.weight_format, self.input_format)
-        plain = _plain_int8(weight.format)
-        self.register_buffer("weight", weight.packed.view(torch.int8) if plain else weight.packed)
-        self.register_buffer("weight_scale", weight.scale)
-        self.register_buffer("weight_zero_point", weight.zero_point)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        needs_sum = self.input_format is not None and not self.input_format.rule.symmetric
-        self.register_buffer("weight_sum", weight.codes().sum(dim=1, dtype=torch.int32) if needs_sum else None)
-        self.register_buffer("input_scale", None if activation is None else activation.scale)
-        self.register_buffer("input_zero_point", None if activation is None else activation.zero_point)
-        self.register_buffer("input_multiplier", input_multiplier)
+        needs_sum = self.is_integer and self.input_format is not None and not self.input_format.rule.symmetric
+        buffers = {
+            "weight": weight.packed.view(torch.int8) if _plain_int8(weight.format) else weight.packed,
+            "weight_scale": weight.scale,
+            "weight_zero_point": weight.zero_point,
+            "weight_global_scale": weight.global_scale,
+            "weight_kinds": weight.kinds,
+            "bias": None if bias is None else bias.detach().clone(),
+            "weight_sum": weight.values().to(torch.int32).sum(1, dtype=torch.int32) if needs_sum else None,
+            "input_scale": None if activation is None else activation.scale,
+            "input_zero_point": None if activation is None else activation.zero_point,
+            "input_multiplier": input_multiplier,
+        }
+        # Those that are there first: torch.export (2.13) pairs buffers with inputs by position and counts absent ones.
+        for name in sorted(buffers, key=lambda name: buffers[name] is None):
+            self.register_buffer(name, buffers[name])
         self.training = False
 
     @classmethod
@@ -73,20 +90,15 @@ class QuantizedLayer(nn.Module):
         input_format: Format | None,
         *,
         static: bool,
+        global_scale: bool,
         multiplier: int,
         bias: torch.dtype | None,
         **kwargs: Any,
     ) -> QuantizedLayer:
         """A layer of the right shapes without contents (meta tensors), for loading. `multiplier`: its length, or 0."""
-        rows, columns = weight_shape[0], prod(weight_shape[1:])
-        shape, dtype, zero = (rows, columns), weight_format.dtype, None
+        shape = (weight_shape[0], prod(weight_shape[1:]))
         with torch.device("meta"):
-            scales = weight_format.granularity.scale_shape(shape)
-            if not weight_format.rule.symmetric:
-                exact = weight_format.rule.zero_exact
-                zero = torch.empty(scales, dtype=dtype.storage if exact else torch.int32)
-            packed = torch.empty(rows, packed_width(columns, dtype.bits), dtype=torch.uint8)
-            weight = QTensor(packed, torch.empty(scales), zero, weight_format, shape)
+            weight = QTensor.empty(weight_format, shape, global_scale=global_scale)
             activation = None
             if input_format is not None:
                 scale = torch.empty(1) if static else None
@@ -97,7 +109,7 @@ class QuantizedLayer(nn.Module):
             return cls(
                 weight,
                 weight_shape,
-                None if bias is None else torch.empty(rows, dtype=bias),
+                None if bias is None else torch.empty(shape[0], dtype=bias),
                 activation,
                 torch.empty(multiplier) if multiplier else None,
                 **kwargs,
@@ -106,22 +118,56 @@ class QuantizedLayer(nn.Module):
     def qweight(self) -> QTensor:
         """The weight as a QTensor of its matrix view [O, K] (shares memory with the buffers)."""
         shape = (self.weight_shape[0], prod(self.weight_shape[1:]))
-        packed = self.weight.view(torch.uint8)
-        return QTensor(packed, self.weight_scale, self.weight_zero_point, self.weight_format, shape)
+        return QTensor(
+            packed=self.weight.view(torch.uint8),
+            scale=self.weight_scale,
+            zero_point=self.weight_zero_point,
+            format=self.weight_format,
+            shape=shape,
+            global_scale=self.weight_global_scale,
+            kinds=self.weight_kinds,
+        )
 
     def weight_codes(self) -> torch.Tensor:
-        """int8 codes [O, K]; the buffer itself for 8-bit weights, unpacked for narrower ones."""
-        return self.weight if self.weight.dtype == torch.int8 else self.qweight().codes()
+        """The weight's values as int8 [O, K]: the buffer itself for 8-bit weights, unpacked for narrower ones."""
+        return self.weight if self.weight.dtype == torch.int8 else self.qweight().values().to(torch.int8)
+
+    def weight_scales(self) -> torch.Tensor:
+        """The weight's scales as float32."""
+        return self.weight_scale if self.weight_scale.dtype == torch.float32 else self.qweight().scales()
 
     @property
     def is_integer(self) -> bool:
-        """Whether the product runs in integers (weights and activations quantized)."""
-        return self.input_format is not None
+        """Whether the product runs in integers: int8 activations and weights whose values are int8, one scale a row."""
+        activation, weight = self.input_format, self.weight_format
+        if activation is None or not isinstance(activation.dtype, QDtype) or not activation.dtype.signed:
+            return False
+        by_rows = activation.granularity.kind in ("row", "tensor") and weight.granularity.kind in ("row", "tensor")
+        plain = activation.rule.range == "minmax" and activation.rule.zero_exact and weight.rule.symmetric
+        return by_rows and plain and fits_int8(weight.dtype)
+
+    @staticmethod
+    def checked(x: torch.Tensor) -> torch.Tensor:
+        """x, or EvenbitsError if it is not floating-point: some models cast inputs to the type of a layer's weight."""
+        if not x.is_floating_point():
+            raise EvenbitsError(
+                f"a quantized layer was given {x.dtype}: the model casts its input to the type of the layer's weight, "
+                "which is integer now. Keep this layer in float (ignore), or pass calibration data so that it is found."
+            )
+        return x
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] times the multiplier, if there is one, and as the input format has it; in x's type."""
+        balanced = x if self.input_multiplier is None else x.float() * self.input_multiplier
+        if self.input_format is None:
+            return balanced.to(x.dtype)
+        scale, zero_point = self.input_scale, self.input_zero_point
+        return fake_quantize(balanced, self.input_format, scale=scale, zero_point=zero_point).to(x.dtype)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of codes, scales, zero points and row sums."""
-        return sum(b.nbytes for name in _WEIGHT_BUFFERS if (b := getattr(self, name)) is not None)
+        return sum(b.nbytes for name in WEIGHT_BUFFERS if (b := getattr(self, name)) is not None)
 
     @property
     def float_weight_bytes(self) -> int:
@@ -135,7 +181,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLayer:
         # `.half()` and `.to(bfloat16)` change activations, never scales: those stay float32 (and keep their values).
-        kept = {name: getattr(self, name) for name in _FLOAT32_BUFFERS}
+        kept = {name: getattr(self, name) for name in _SCALE_BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
@@ -151,26 +197,14 @@ class QuantizedLayer(nn.Module):
 
 
 def _plain_int8(fmt: Format) -> bool:
-    return fmt.dtype.bits == 8 and fmt.dtype.signed
+    return isinstance(fmt.dtype, QDtype) and fmt.dtype.bits == 8 and fmt.dtype.signed
 
 
 def check_formats(weight: Format, activation: Format | None) -> None:
     """Raises EvenbitsError if a layer of these formats cannot be run."""
     if weight.granularity.kind == "axis":
         raise EvenbitsError(f"weights are stored by rows; {weight} has another axis. Use ':row', ':tensor' or ':gN'.")
-    if activation is None:
-        return
-    if not (
-        activation.dtype.signed and activation.dtype.bits <= 8 and activation.granularity.kind in ("row", "tensor")
-    ):
+    if activation is not None and activation.granularity.kind == "axis":
         raise EvenbitsError(
-            f"activations of integer layers are signed, with a scale per row (token) or tensor, such as 'int8:row' or "
-            f"'int8:tensor:affine'; given {activation}."
-        )
-    if activation.rule.range != "minmax" or not activation.rule.zero_exact:
-        raise EvenbitsError(f"activations are scaled by their min-max range with zero exact; given {activation}.")
-    if not (weight.rule.symmetric and weight.dtype.signed and weight.granularity.kind in ("row", "tensor")):
-        raise EvenbitsError(
-            f"with quantized activations, weights are signed and symmetric with a scale per row or tensor, such as "
-            f"'int8:row'; given {weight}. Leave input_activations out to store {weight} and compute in float."
+            f"activations are quantized by tokens; {activation} has another axis. Use ':row' or ':tensor'."
         )

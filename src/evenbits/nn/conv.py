@@ -21,6 +21,7 @@ from evenbits.errors import EvenbitsError
 from evenbits.kernels.ops import int8_matmul, quantize_rows
 from evenbits.kernels.torch_int8 import without_autocast
 from evenbits.nn.base import QuantizedLayer
+from evenbits.numerics.fake import fake_quantize
 from evenbits.numerics.qtensor import QTensor
 
 _EXACT_FLOAT32_K = 1024
@@ -61,21 +62,33 @@ class QConv2d(QuantizedLayer):
             "padding_mode": conv.padding_mode,
         }
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Conv2d's word: it may be called by keyword
+        x = self.checked(input)
         if x.ndim == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        dtype = x.dtype
-        if self.input_multiplier is not None:
-            x = x.float() * self.input_multiplier.view(1, -1, 1, 1)
-        if self.input_format is None:
-            x = x.to(dtype)
+        if not self.is_integer or self.input_format is None:
+            x = self.quantized_input(x)
             weight = self.qweight().dequantize(x.dtype).view(self.weight_shape)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.conv2d(self._pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
-        codes_NK, scale_N1, _ = quantize_rows(x.flatten(1), self.input_format, scale=self.input_scale)
+        codes_NK, scale_N1, _ = quantize_rows(
+            self.balanced_input(x).flatten(1), self.input_format, scale=self.input_scale
+        )
         product_NOHW = self._integer_conv(self._pad(codes_NK.view(x.shape)))
-        y = product_NOHW.float() * (scale_N1 * self.weight_scale.reshape(1, -1))[:, :, None, None]
-        return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(dtype)
+        y = product_NOHW.float() * (scale_N1 * self.weight_scales().reshape(1, -1))[:, :, None, None]
+        return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+    def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, H, W] times the multiplier of its channels, in float32, if there is one."""
+        return x if self.input_multiplier is None else x.float() * self.input_multiplier.view(1, -1, 1, 1)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as its format has it (each image one row), in x's type."""
+        images = self.balanced_input(x)
+        if self.input_format is None:
+            return images.to(x.dtype)
+        rounded = fake_quantize(images.flatten(1), self.input_format, scale=self.input_scale)
+        return rounded.view(x.shape).to(x.dtype)
 
     def _pad(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         if not any(self.padding):

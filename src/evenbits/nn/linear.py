@@ -25,16 +25,15 @@ class QLinear(QuantizedLayer):
     def out_features(self) -> int:
         return self.weight_shape[0]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.input_format is None:
-            if self.input_multiplier is not None:
-                x = x * self.input_multiplier.to(x.dtype)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Linear's word: it may be called by keyword
+        x = self.checked(input)
+        if not self.is_integer or self.input_format is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.qweight().dequantize(x.dtype), bias)
+            return nn.functional.linear(self.quantized_input(x), self.qweight().dequantize(x.dtype), bias)
         return linear_w8a8(
             x,
             self.weight_codes(),
-            self.weight_scale,
+            self.weight_scales(),
             self.bias,
             self.input_format,
             multiplier=self.input_multiplier,

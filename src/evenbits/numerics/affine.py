@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from evenbits.errors import EvenbitsError
+from evenbits.numerics.elements import largest
 from evenbits.numerics.format import Format
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -34,16 +35,9 @@ def qparams(lo: torch.Tensor, hi: torch.Tensor, fmt: Format) -> tuple[torch.Tens
     lo, hi: float tensors of one shape, lo ≤ hi. Raises EvenbitsError if an unsigned symmetric format meets a negative
     lo.
     """
-    qmin, qmax = fmt.code_range
     if fmt.rule.symmetric:
-        if not fmt.dtype.signed and bool((lo < 0).any()):
-            raise EvenbitsError(
-                f"{fmt}: an unsigned format without a zero point cannot hold negative values (smallest: "
-                f"{float(lo.min()):g}); use {fmt.dtype.name[1:]!r} or add ':affine'."
-            )
-        levels = (fmt.dtype.qmax - fmt.dtype.qmin) / 2 if fmt.rule.full_range else qmax
-        scale = torch.maximum(lo.abs(), hi.abs()) / levels
-        return _safe(scale, torch.ones_like(scale)), None
+        return symmetric_scale(lo, hi, fmt), None
+    qmin, qmax = fmt.code_range
     lo, hi = lo.double(), hi.double()  # max − min of two float32 is not a float32
     if fmt.rule.zero_exact:
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
@@ -51,11 +45,37 @@ def qparams(lo: torch.Tensor, hi: torch.Tensor, fmt: Format) -> tuple[torch.Tens
     if not fmt.rule.zero_exact:
         width = torch.where(width > 0, torch.maximum(width, torch.maximum(lo.abs(), hi.abs()) * _FREE_FLOOR), width)
     scale = _safe(width, torch.where(hi == 0, torch.ones_like(hi), hi.abs()))
+    return scale, zero_points(lo, scale, fmt)
+
+
+def zero_points(lo: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The zero points (int32) that make the smallest code stand for lo, elementwise."""
+    qmin, qmax = fmt.code_range
+    lo = lo.double().clamp(max=0) if fmt.rule.zero_exact else lo.double()
     zero_point = qmin - torch.round(lo / scale.double())
     if fmt.rule.zero_exact:
         zero_point = zero_point.clamp(qmin, qmax)
     limit = torch.iinfo(torch.int32)
-    return scale, zero_point.clamp(limit.min, limit.max).to(torch.int32)
+    return zero_point.clamp(limit.min, limit.max).to(torch.int32)
+
+
+def symmetric_scale(lo: torch.Tensor, hi: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The scale (float32, positive) that maps the larger end of [lo, hi] to the largest value of the element type.
+
+    Raises EvenbitsError if an unsigned type meets a negative lo.
+    """
+    if not fmt.dtype.signed and bool((lo < 0).any()):
+        raise EvenbitsError(
+            f"{fmt}: an unsigned format without a zero point cannot hold negative values (smallest: "
+            f"{float(lo.min()):g}); use {fmt.dtype.name[1:]!r}, or ':affine' for integers."
+        )
+    if fmt.rule.full_range:
+        levels = (fmt.integer.qmax - fmt.integer.qmin) / 2
+    else:
+        # MX: the exponent of the largest number, less that of FP4's largest (4 = 2²); 6 is reached by saturating.
+        levels = 4.0 if fmt.rule.block == "mx" else largest(fmt.dtype)
+    scale = torch.maximum(lo.abs(), hi.abs()) / levels
+    return _safe(scale, torch.ones_like(scale))
 
 
 def _safe(scale: torch.Tensor, if_zero: torch.Tensor) -> torch.Tensor:
@@ -70,7 +90,7 @@ def to_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | No
     codes = (x / scale).round_()
     if zero_point is not None:
         codes += zero_point
-    return codes.clamp_(*fmt.code_range).to(fmt.dtype.storage)
+    return codes.clamp_(*fmt.code_range).to(fmt.integer.storage)
 
 
 def from_codes(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:

@@ -54,7 +54,7 @@ class Codebook:
     def quantize(self, u: torch.Tensor) -> torch.Tensor:
         """Scaled values (any float shape) → codes uint8, nearest value of the table, ties to the even code."""
         tables = _search_tables(self)
-        middles = tables.middles.to(u.device)
+        middles, u = tables.middles.to(u.device), u.contiguous()  # torch warns about searching in views
         x = u.abs() if tables.mirrored else u
         below = torch.bucketize(x, middles, right=False)
         above = torch.bucketize(x, middles, right=True)
@@ -69,7 +69,7 @@ class Codebook:
 
     def nearest(self, u: torch.Tensor) -> torch.Tensor:
         """Scaled values → nearest values of the table: `decode(quantize(u))` but for ties. For measuring errors."""
-        tables = _search_tables(self)
+        tables, u = _search_tables(self), u.contiguous()
         if tables.steps is not None:
             # Every midpoint is a multiple of 1/steps_per_unit: a look-up by the rounded-up step replaces the search.
             last = len(tables.steps) - 1
@@ -119,6 +119,8 @@ def _parse(name: str) -> Codebook:
         magnitudes = _abfloat(magnitude_bits, int(bias) if bias is not None else 2)
     else:
         magnitudes = {"flint": _flint, "pot": _pot}[family](magnitude_bits)
+    if max(magnitudes) > torch.finfo(torch.float32).max:
+        raise EvenbitsError(f"{name!r}: its largest value, {max(magnitudes):g}, is beyond float32.")
     return Codebook(name, bits, signed, _mirrored(magnitudes) if signed else tuple(magnitudes))
 
 
@@ -213,9 +215,10 @@ def _search_tables(book: Codebook) -> _Search:
     mirrored = book.signed and not book.name.startswith("nf")
     count = 1 << (book.bits - 1) if mirrored else 1 << book.bits
     pairs = sorted((value, code) for code, value in enumerate(book.values[:count]) if not math.isnan(value))
-    values = torch.tensor([value for value, _ in pairs], dtype=torch.float64)
+    # On the CPU whatever the default device is: a cached table must not be left on "meta".
+    values = torch.tensor([value for value, _ in pairs], dtype=torch.float64, device="cpu")
     middles = (values[1:] + values[:-1]) / 2
-    codes = torch.tensor([code for _, code in pairs], dtype=torch.uint8)
+    codes = torch.tensor([code for _, code in pairs], dtype=torch.uint8, device="cpu")
     zero = next((code for value, code in pairs if value == 0), -1)
     steps, per_unit = _steps(values, middles) if mirrored else (None, 0)
     return _Search(values.float(), middles.float(), codes, mirrored, zero, steps, per_unit)
@@ -226,6 +229,6 @@ def _steps(values: torch.Tensor, middles: torch.Tensor) -> tuple[torch.Tensor | 
     for per_unit in (1, 2, 4, 8):
         scaled = middles * per_unit
         if bool((scaled == scaled.round()).all()) and float(scaled[-1]) <= _LONGEST_TABLE:
-            steps = torch.arange(int(scaled[-1]) + 2, dtype=torch.float64) / per_unit
+            steps = torch.arange(int(scaled[-1]) + 2, dtype=torch.float64, device="cpu") / per_unit
             return values[torch.bucketize(steps, middles)].float(), per_unit
     return None, 0

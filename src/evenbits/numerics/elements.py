@@ -21,7 +21,7 @@ from evenbits.numerics.codebook import Codebook
 from evenbits.numerics.packing import pack, packed_width, unpack
 from evenbits.numerics.qdtypes import QDtype
 
-_PAIRS = re.compile(r"ovp([48])(?:-(int|flint|flint_i8|mix))?")
+_PAIRS = re.compile(r"ovp([48])(?:-(int|flint|flint_i8|i8|mix))?")
 _TABLE = re.compile(r"u?(flint|pot|nf|fp|abfloat)\d.*")
 
 
@@ -44,7 +44,14 @@ class PairType:
     @property
     def choices(self) -> tuple[str, ...]:
         """The pair kinds a tensor (auto) or a group (mix) may have."""
+        if self.kind == "i8":
+            return ("int", "flint_i8")
         return ("int", "flint") if self.kind in ("auto", "mix") else (self.kind,)
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether one kind is chosen for the whole tensor when it is encoded."""
+        return self.kind in ("auto", "i8")
 
     def with_kind(self, kind: str) -> PairType:
         return PairType(self.bits, kind)
@@ -87,8 +94,8 @@ def parse_element(name: str) -> ElementType:
     try:
         return QDtype.parse(name)
     except EvenbitsError as error:
-        tables = ["flint4", "pot4", "fp4", "fp8", "fp8_e5m2", "nf4", "abfloat4_b2", "ant4"]
-        pairs = ["ovp4", "ovp4-int", "ovp4-flint", "ovp4-flint_i8", "ovp4-mix", "ovp8"]
+        tables = ["flint4", "pot4", "fp4", "fp8", "fp8_e5m2", "nf4", "ant4"]
+        pairs = ["ovp4", "ovp4-int", "ovp4-flint", "ovp4-flint_i8", "ovp4-i8", "ovp4-mix", "ovp8"]
         integers = [f"{u}int{b}" for u in ("", "u") for b in range(2, 9)]
         raise unknown_name("data type", name, [*integers, *tables, *pairs]) from error
 
@@ -101,25 +108,36 @@ def largest(element: ElementType) -> float:
 
 
 def snap(
-    u_RK: torch.Tensor, element: ElementType, policy: str = "optimal", importance_K: torch.Tensor | None = None
+    u_RK: torch.Tensor,
+    element: ElementType,
+    policy: str = "optimal",
+    importance_K: torch.Tensor | None = None,
+    *,
+    full_range: bool = False,
 ) -> torch.Tensor:
-    """Scaled values [R, K] float32 → the nearest values of the type, [R, K] float32 (pairs: of the policy)."""
+    """Scaled values [R, K] → the nearest values of the type, [R, K] (pairs: of the policy; integers: −128 too if
+    full_range)."""
     if isinstance(element, PairType):
         return ovp.snap(u_RK, ovp.pair_kind(element.kind), policy, importance_K)
     if isinstance(element, Codebook):
         return element.decode(element.quantize(u_RK))
     assert isinstance(element, QDtype)
-    low = -element.qmax if element.signed else 0
+    low = element.qmin if full_range or not element.signed else -element.qmax
     return u_RK.round().clamp_(low, element.qmax)
 
 
 def nearest(
-    u_RK: torch.Tensor, element: ElementType, policy: str = "optimal", importance_K: torch.Tensor | None = None
+    u_RK: torch.Tensor,
+    element: ElementType,
+    policy: str = "optimal",
+    importance_K: torch.Tensor | None = None,
+    *,
+    full_range: bool = False,
 ) -> torch.Tensor:
     """Like `snap`, but free to break ties either way, which leaves the error as it is: for searching, fast."""
     if isinstance(element, Codebook):
         return element.nearest(u_RK)
-    return snap(u_RK, element, policy, importance_K)
+    return snap(u_RK, element, policy, importance_K, full_range=full_range)
 
 
 def pack_values(values_RK: torch.Tensor, element: ElementType) -> torch.Tensor:
@@ -147,3 +165,15 @@ def row_bytes(element: ElementType, columns: int) -> int:
     if isinstance(element, PairType):
         return (columns + 1) // 2 * (element.bits // 4)
     return packed_width(columns, element.bits)
+
+
+def fits_int8(element: ElementType) -> bool:
+    """Whether every value of the type is an integer that int8 holds, so that an integer engine can multiply it."""
+    if isinstance(element, QDtype):
+        return element.qmax <= 127
+    if isinstance(element, PairType):
+        return element.kind in ("int", "flint_i8")
+    if isinstance(element, Codebook):
+        used = [value for value in element.values if value == value]  # not NaN
+        return all(value == int(value) and abs(value) <= 127 for value in used)
+    return False

@@ -186,18 +186,19 @@ def unpack_pairs(bytes_RB: torch.Tensor, kind: PairKind) -> torch.Tensor:
 def decode_table(kind: PairKind) -> torch.Tensor:
     """float32 [256, 2]: the two values of every byte of a 4-bit kind; illegal bytes are zeros."""
     normal, outlier = _code_values(kind)
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     low, high = byte & 15, byte >> 4
     table = torch.stack([normal[low], normal[high]], dim=1)
-    table[high == 8] = torch.stack([outlier[low], torch.zeros(256)], dim=1)[high == 8]
-    table[low == 8] = torch.stack([torch.zeros(256), outlier[high]], dim=1)[low == 8]
+    nothing = torch.zeros(256, device="cpu")
+    table[high == 8] = torch.stack([outlier[low], nothing], dim=1)[high == 8]
+    table[low == 8] = torch.stack([nothing, outlier[high]], dim=1)[low == 8]
     return table * legal_bytes(kind).unsqueeze(1)
 
 
 @cache
 def legal_bytes(kind: PairKind) -> torch.Tensor:
     """bool [256]: which bytes of a 4-bit kind an encoder may write. 253 of them."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     low, high = byte & 15, byte >> 4
     return ~((low == 8) & ((high == 8) | (high == 0)) | (high == 8) & (low == 0))
 
@@ -220,9 +221,12 @@ def first_illegal(bytes_RB: torch.Tensor, kind: PairKind) -> tuple[int, int, int
 
 @cache
 def _code_values(kind: PairKind) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [2^bits] each: what a code means beside a normal neighbour, and beside an identifier."""
+    """float32 [2^bits] each: what a code means beside a normal neighbour, and beside an identifier.
+
+    On the CPU, as all cached tables, whatever the default device is: one must not be left on "meta".
+    """
     half = 1 << (kind.bits - 1)
-    normal, outlier = torch.zeros(2 * half), torch.zeros(2 * half)
+    normal, outlier = torch.zeros(2 * half, device="cpu"), torch.zeros(2 * half, device="cpu")
     for code, value in enumerate(kind.normals):
         normal[code] = value
         if value:
@@ -236,8 +240,14 @@ def _code_values(kind: PairKind) -> tuple[torch.Tensor, torch.Tensor]:
 @cache
 def _encode_table(kind: PairKind, device: torch.device) -> torch.Tensor:
     """int64 [2·largest + 1]: value + largest → code, normal or outlier (their values do not overlap)."""
-    table = torch.zeros(2 * kind.largest + 1, dtype=torch.int64)
+    table = torch.zeros(2 * kind.largest + 1, dtype=torch.int64, device="cpu")
     for values in _code_values(kind):
         codes = values.nonzero().squeeze(1)
         table[values[codes].long() + kind.largest] = codes
     return table.to(device)
+
+
+# Built now: a table that is first needed while torch traces would be cached as a fake tensor.
+for _kind in map(pair_kind, ("int", "flint", "flint_i8")):
+    decode_table(_kind)
+_code_values(pair_kind("int8"))

@@ -60,6 +60,19 @@ def unpack(packed_RB: torch.Tensor, bits: int, columns: int, *, signed: bool) ->
     return torch.stack([lane.to(dtype) for lane in lanes], dim=-1).reshape(rows, -1)[:, :columns].contiguous()
 
 
+def pack_bits(flags_RG: torch.Tensor) -> torch.Tensor:
+    """bool [R, G] → uint8 [R, ⌈G/8⌉], lowest bit first."""
+    padded = torch.nn.functional.pad(flags_RG.to(torch.uint8), (0, -flags_RG.shape[1] % 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=flags_RG.device)
+    return (padded.reshape(len(padded), -1, 8) << shifts).sum(dim=-1).to(torch.uint8)
+
+
+def unpack_bits(packed_RB: torch.Tensor) -> torch.Tensor:
+    """uint8 [R, B] → bool [R, 8·B], lowest bit first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed_RB.device)
+    return ((packed_RB.unsqueeze(-1) >> shifts) & 1).flatten(1).bool()
+
+
 def _check_bits(bits: int) -> None:
     if not 2 <= bits <= 8:
         raise EvenbitsError(f"codes of 2 to 8 bits can be packed; given: {bits} bits.")

@@ -6,28 +6,36 @@ R: rows, K: columns, G: groups, B: bytes per packed row (see numerics/granularit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
 from evenbits.errors import EvenbitsError
-from evenbits.numerics.affine import from_codes, qparams, to_codes
+from evenbits.numerics import elements, scales
+from evenbits.numerics.affine import from_codes
+from evenbits.numerics.elements import PairType
 from evenbits.numerics.format import Format
-from evenbits.numerics.packing import pack, packed_width, unpack
-from evenbits.numerics.ranges import find_range
+from evenbits.numerics.packing import unpack, unpack_bits
 
-_ENCODABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SCALE_TYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.uint8,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """A quantized tensor.
 
-    packed:     uint8 [R, B], the codes of the matrix view (numerics/packing.py).
-    scale:      float32 [1], [R, 1] or [R, G].
-    zero_point: None, or like scale: int8/uint8 if zero is exact, int32 if the format is `free`.
-    format:     how to read it. shape, dtype: of the tensor that was encoded.
+    packed:       uint8 [R, B], the codes of the matrix view (numerics/packing.py, docs/ovp-format.md for pairs).
+    scale:        [1], [R, 1] or [R, G], stored as the format says (numerics/scales.py).
+    zero_point:   None, or like scale: int8/uint8 if zero is exact, int32 if the format is `free`.
+    format:       how to read it. shape, dtype: of the tensor that was encoded.
+    global_scale: float32 [1], the factor that stored scales are relative to, or None.
+    kinds:        uint8 [R, ⌈G/8⌉], one bit per group (1: flint), of `ovp4-mix` formats; else None.
     """
 
     packed: torch.Tensor
@@ -35,44 +43,96 @@ class QTensor:
     zero_point: torch.Tensor | None
     format: Format
     shape: tuple[int, ...]
-    dtype: torch.dtype = field(default=torch.float32)
+    dtype: torch.dtype = torch.float32
+    global_scale: torch.Tensor | None = None
+    kinds: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        granularity = self.format.granularity
-        rows, columns = granularity.matrix_shape(self.shape)
-        expected = (rows, packed_width(columns, self.format.dtype.bits))
-        if tuple(self.packed.shape) != expected or self.packed.dtype != torch.uint8:
-            raise EvenbitsError(
-                f"codes of a {self.format} tensor of shape {list(self.shape)} must be uint8 {list(expected)}; given "
-                f"{self.packed.dtype} {list(self.packed.shape)}."
-            )
-        scales = granularity.scale_shape(self.shape)
-        if tuple(self.scale.shape) != scales:
-            raise EvenbitsError(
-                f"scales of a {self.format} tensor of shape {list(self.shape)} must have shape {list(scales)}; given "
-                f"{list(self.scale.shape)}."
-            )
+        fmt, name = self.format, f"a {self.format} tensor of shape {list(self.shape)}"
+        rows, _ = fmt.granularity.matrix_shape(self.shape)
+        _expect("codes", name, self.packed, torch.uint8, (rows, elements.row_bytes(fmt.dtype, self.stored_columns)))
+        scale_shape = fmt.granularity.scale_shape(self.shape)
+        _expect("scales", name, self.scale, _SCALE_TYPES[fmt.storage], scale_shape)
+        if fmt.rule.symmetric != (self.zero_point is None):
+            raise EvenbitsError(f"{name} has {'no' if fmt.rule.symmetric else 'a'} zero point for each scale.")
+        if self.zero_point is not None:
+            stored = fmt.integer.storage if fmt.rule.zero_exact else torch.int32
+            _expect("zero points", name, self.zero_point, stored, scale_shape)
+        if self.global_scale is not None:
+            _expect("the factor", name, self.global_scale, torch.float32, (1,))
+        mixed = isinstance(fmt.dtype, PairType) and fmt.dtype.kind == "mix"
+        if mixed != (self.kinds is not None):
+            raise EvenbitsError(f"{name} has {'one bit per group' if mixed else 'no bits'} that say the kind of pairs.")
+        if self.kinds is not None:
+            _expect("kinds", name, self.kinds, torch.uint8, (rows, -(-scale_shape[1] // 8)))
+
+    @staticmethod
+    def empty(fmt: Format, shape: tuple[int, ...], *, global_scale: bool) -> QTensor:
+        """A tensor of the right shapes without contents, on the current default device (such as meta), for loading."""
+        rows, columns = fmt.granularity.matrix_shape(shape)
+        scale_shape = fmt.granularity.scale_shape(shape)
+        zero = None
+        if not fmt.rule.symmetric:
+            zero = torch.empty(scale_shape, dtype=fmt.integer.storage if fmt.rule.zero_exact else torch.int32)
+        mixed = isinstance(fmt.dtype, PairType) and fmt.dtype.kind == "mix"
+        return QTensor(
+            packed=torch.empty(rows, elements.row_bytes(fmt.dtype, fmt.stored_columns(columns)), dtype=torch.uint8),
+            scale=torch.empty(scale_shape, dtype=_SCALE_TYPES[fmt.storage]),
+            zero_point=zero,
+            format=fmt,
+            shape=shape,
+            global_scale=torch.empty(1, dtype=torch.float32) if global_scale else None,
+            kinds=torch.empty(rows, -(-scale_shape[1] // 8), dtype=torch.uint8) if mixed else None,
+        )
+
+    @property
+    def stored_columns(self) -> int:
+        """Columns of a row as stored (padded for pairs and fixed blocks)."""
+        return self.format.stored_columns(self.format.granularity.matrix_shape(self.shape)[1])
 
     def codes(self) -> torch.Tensor:
-        """The codes as integers: int8 or uint8 [R, K], the matrix view."""
+        """The codes of an integer format: int8 or uint8 [R, K], the matrix view. Raises EvenbitsError for others."""
         columns = self.format.granularity.matrix_shape(self.shape)[1]
-        return unpack(self.packed, self.format.dtype.bits, columns, signed=self.format.dtype.signed)
+        return unpack(self.packed, self.format.dtype.bits, columns, signed=self.format.integer.signed)
+
+    def values(self) -> torch.Tensor:
+        """The numbers before scaling: float32 [R, K], the matrix view (integers: codes, zero point not subtracted)."""
+        columns = self.format.granularity.matrix_shape(self.shape)[1]
+        element = self.format.dtype
+        if self.kinds is None:
+            return elements.unpack_values(self.packed, element, self.stored_columns)[:, :columns]
+        assert isinstance(element, PairType)
+        plain, flint = (
+            elements.unpack_values(self.packed, element.with_kind(kind), self.stored_columns)
+            for kind in element.choices
+        )
+        bits = unpack_bits(self.kinds)[:, : self.scale.shape[1]]
+        is_flint = self.format.granularity.spread(bits, self.stored_columns)
+        return torch.where(is_flint, flint, plain)[:, :columns]
+
+    def scales(self) -> torch.Tensor:
+        """The scales as float32, in the shape they are stored in."""
+        return scales.real(self.scale, self.global_scale)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decoded values, shape `self.shape`, in `dtype` (default: the type that was encoded)."""
-        granularity, codes_RK = self.format.granularity, self.codes()
-        zero_point = None if self.zero_point is None else self.zero_point.to(torch.int32)
-        scale = granularity.spread(self.scale, codes_RK.shape[1])
-        zero_point = None if zero_point is None else granularity.spread(zero_point, codes_RK.shape[1])
-        values_RK, dtype = from_codes(codes_RK, scale, zero_point), dtype or self.dtype
+        granularity, columns = self.format.granularity, self.format.granularity.matrix_shape(self.shape)[1]
+        scale = granularity.spread(self.scales(), columns)
+        if self.zero_point is None:
+            values_RK = from_codes(self.values(), scale, None)
+        else:
+            zero_point = granularity.spread(self.zero_point.to(torch.int32), columns)
+            values_RK = from_codes(self.codes(), scale, zero_point)
+        dtype = dtype or self.dtype
         if dtype in (torch.float16, torch.bfloat16):  # half a step above the largest number must not become infinite
             values_RK.clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
         return granularity.unmatrix(values_RK, self.shape).to(dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points together."""
-        return sum(t.nbytes for t in (self.packed, self.scale, self.zero_point) if t is not None)
+        """Bytes of codes, scales, zero points and whatever else must be stored."""
+        parts = (self.packed, self.scale, self.zero_point, self.global_scale, self.kinds)
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def bits_per_element(self) -> float:
@@ -80,49 +140,6 @@ class QTensor:
         return 8 * self.nbytes / prod(self.shape)
 
 
-def encode(x: torch.Tensor, fmt: str | Format) -> QTensor:
-    """Quantizes `x` (any shape with at least one element; float16, bfloat16, float32 or float64) to a number format.
-
-    `fmt`: a Format or its spelling, such as "int8:row", "int4:g128", "uint8:tensor:affine". Computed in float32
-    (float64 for float64 input). Raises EvenbitsError for a non-float, empty or non-finite tensor and for an unknown
-    format.
-    """
-    fmt = Format.parse(fmt)
-    _check_encodable(x)
-    shape = tuple(x.shape)
-    fmt = fmt.fitted(shape)
-    x_RK = fmt.granularity.matrix(x.detach())
-    x_RK = x_RK if x_RK.dtype == torch.float64 else x_RK.float()
-    scale, zero_point = _scales(x_RK, fmt)
-    columns = x_RK.shape[1]
-    spread_zero = None if zero_point is None else fmt.granularity.spread(zero_point, columns)
-    codes_RK = to_codes(x_RK, fmt.granularity.spread(scale, columns), spread_zero, fmt)
-    if zero_point is not None and fmt.rule.zero_exact:
-        zero_point = zero_point.to(fmt.dtype.storage)
-    return QTensor(pack(codes_RK, fmt.dtype.bits), scale, zero_point, fmt, shape, x.dtype)
-
-
-def _scales(x_RK: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor | None]:
-    parts = [qparams(*find_range(block, fmt), fmt) for block in fmt.granularity.blocks(x_RK)]
-    scale = torch.cat([part[0] for part in parts], dim=1)
-    zeros = [part[1] for part in parts if part[1] is not None]
-    zero_point = torch.cat(zeros, dim=1) if zeros else None
-    if fmt.granularity.kind == "tensor":
-        return scale.reshape(1), None if zero_point is None else zero_point.reshape(1)
-    return scale, zero_point
-
-
-def _check_encodable(x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor) or x.dtype not in _ENCODABLE:
-        given = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise EvenbitsError(
-            f"only float16, bfloat16, float32 and float64 tensors can be encoded; given {given}. Convert it with "
-            ".float() first."
-        )
-    if x.numel() == 0:
-        raise EvenbitsError(f"a tensor without elements cannot be encoded; given shape {list(x.shape)}.")
-    if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).sum())
-        raise EvenbitsError(f"{bad} of {x.numel()} values are NaN or infinite; mend the tensor before quantizing it.")
-    if x.dtype == torch.float64 and float(x.abs().max()) > torch.finfo(torch.float32).max:
-        raise EvenbitsError(f"scales are float32, which cannot hold {float(x.abs().max()):g}; scale the tensor down.")
+def _expect(what: str, name: str, given: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if given.dtype != dtype or tuple(given.shape) != shape:
+        raise EvenbitsError(f"{what} of {name} must be {dtype} {list(shape)}; given {given.dtype} {list(given.shape)}.")

@@ -1,8 +1,9 @@
 """Scale rules: which range [lo, hi] of the numbers in a group the codes should span.
 
-`minmax` spans everything. `percentile` cuts the tails (nearest rank, no interpolation). `mse` shrinks the min-max range
-by the factor of least squared error, first in coarse steps, then in fine ones around the best; the full range is among
-the candidates, so it is never worse than min-max.
+`minmax` spans everything. `percentile` cuts the tails (nearest rank, no interpolation). `mse`, here for affine formats
+only (numerics/search.py serves the symmetric ones), shrinks the min-max range by the factor of least squared error,
+first in coarse steps, then in fine ones around the best; the full range is among the candidates, so it is never worse
+than min-max.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def _least_error(
     def attempt(ratio: torch.Tensor) -> None:
         nonlocal best_ratio, best_error
         scale, zero_point = qparams(lo * ratio, hi * ratio, fmt)
-        scale = scale.unsqueeze(-1)
-        zero_point = None if zero_point is None else zero_point.unsqueeze(-1)
+        assert zero_point is not None  # symmetric formats are searched by numerics/search.py
+        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
         decoded = from_codes(to_codes(x_RGg, scale, zero_point, fmt), scale, zero_point)
         error = (decoded - x_RGg).double().square_().sum(dim=-1)  # squares of 1e-23 are zero in float32
         better = error < best_error

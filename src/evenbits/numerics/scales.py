@@ -23,8 +23,13 @@ _E4M3_LARGEST, _E4M3_SMALLEST = 448.0, 2.0**-9
 _FLOAT16_RANGE = (2.0**-13, 2.0**15)
 
 
-def factor_for(scale: torch.Tensor, storage: Storage) -> torch.Tensor | None:
-    """The per-tensor factor (float32 [1]) that scales of a tensor are stored relative to, or None if there is none."""
+def factor_for(scale: torch.Tensor, storage: Storage, used: torch.Tensor | None = None) -> torch.Tensor | None:
+    """The per-tensor factor (float32 [1]) that scales of a tensor are stored relative to, or None if there is none.
+
+    used: bool like scale, False for groups of zeros: their scale says nothing and must not crowd out the others.
+    """
+    if used is not None and bool(used.any()):
+        scale = scale[used]
     largest = float(scale.max())
     if storage == "e4m3":
         return torch.tensor([max(largest / _E4M3_LARGEST, torch.finfo(torch.float32).tiny)], device=scale.device)
@@ -52,10 +57,17 @@ def real(stored: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
     if stored.dtype == torch.uint8:
         return torch.exp2(stored.float() - 127)
     scale = stored.float()
-    return scale if factor is None else scale * factor
+    # Of the very largest scales the rounded one may lie beyond float32.
+    return scale if factor is None else (scale * factor).clamp(max=torch.finfo(torch.float32).max)
 
 
 def neighbours(stored: torch.Tensor) -> list[torch.Tensor]:
-    """The E4M3 scales one step below and above each of `stored` (float8_e4m3fn, positive)."""
-    bits = stored.view(torch.uint8).to(torch.int16)
-    return [(bits + step).clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn) for step in (-1, 1)]
+    """Of one-byte scales: those one step below and above each of `stored`; of others nothing, their steps are fine."""
+    if stored.dtype == torch.float8_e4m3fn:
+        lowest, highest = 1, 126
+    elif stored.dtype == torch.uint8:
+        lowest, highest = 0, 254
+    else:
+        return []
+    codes = stored.view(torch.uint8).to(torch.int16)
+    return [(codes + step).clamp(lowest, highest).to(torch.uint8).view(stored.dtype) for step in (-1, 1)]

@@ -11,6 +11,7 @@ from torch import nn
 
 from evenbits.errors import EvenbitsError
 from evenbits.observers.channel_range import ChannelRange
+from evenbits.observers.second_moment import SecondMoment
 
 Hook = Callable[[str, torch.Tensor, torch.Tensor], None]
 
@@ -42,17 +43,23 @@ def watching(model: nn.Module, layers: Iterable[str], see: Hook) -> Iterator[Non
 
 
 def channel_ranges(
-    model: nn.Module, channel_dims: Mapping[str, int], run_all: Callable[[], None]
+    model: nn.Module,
+    channel_dims: Mapping[str, int],
+    run_all: Callable[[], None],
+    moments: Mapping[str, SecondMoment] | None = None,
 ) -> dict[str, ChannelRange]:
     """Per-channel input ranges of the layers in `channel_dims` (name → channel dimension counted from the end).
 
-    `run_all` runs every calibration batch. Raises EvenbitsError naming the layer for NaN, Inf or changing widths.
+    `run_all` runs every calibration batch; `moments`, if given, are updated in the same pass. Raises EvenbitsError
+    naming the layer for NaN, Inf or changing widths.
     """
     ranges = {name: ChannelRange() for name in channel_dims}
 
     def see(name: str, x: torch.Tensor, _: torch.Tensor) -> None:
         try:
             ranges[name].update(x, channel_dims[name])
+            if moments is not None:
+                moments[name].update(x, channel_dims[name])
         except EvenbitsError as error:
             raise EvenbitsError(f"layer {name}: {error}.") from error
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from evenbits import algorithms
 from evenbits.errors import EvenbitsError, unknown_name
+from evenbits.numerics.elements import PairType, TypeChoice
+from evenbits.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Methods:
                 allowed = [*_names(weight), *_names(balance)]
                 raise unknown_name(f"option of method {name!r}:", option, allowed or ["(none)"])
         return Methods(name, dict(options), weight, balance, split["weight"], split["balance"])
+
+
+def default_method(scheme: Scheme) -> str:
+    """The method that suits a scheme when none is named."""
+    if isinstance(scheme.weights.dtype, PairType):
+        return "olive"
+    if isinstance(scheme.weights.dtype, TypeChoice):
+        return "ant"
+    activations = scheme.input_activations
+    return "smoothquant" if activations is not None and activations.dtype.bits == 8 else "rtn"
 
 
 def _names(function: Any) -> list[str]:

@@ -27,7 +27,7 @@ from evenbits.kernels import dispatch
 from evenbits.nn.base import QuantizedLayer, check_formats
 from evenbits.pipeline.balance import Balanced, balance, skipped_convolutions
 from evenbits.pipeline.batches import Batches
-from evenbits.pipeline.methods import Methods
+from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.plan import LayerPlan, plan_layers
 from evenbits.pipeline.result import LayerRow, RegionRow, Result
 from evenbits.pipeline.solve import Solved, solve
@@ -40,7 +40,7 @@ def quantize(
     model: nn.Module,
     *,
     scheme: str | Path | Mapping[str, Any] | Scheme = "W8A8",
-    method: str = "smoothquant",
+    method: str | None = None,
     data: Iterable[Any] | None = None,
     progress: bool = False,
     **options: Any,
@@ -48,7 +48,8 @@ def quantize(
     """Quantizes `model` in place and returns what was done, layer by layer.
 
     scheme:  a preset ("W8A8", "W8A8_STATIC", …), a file, a mapping or a Scheme.
-    method:  a name of `ALGORITHMS`, or several joined by "+" (a balance method before a weight method).
+    method:  a name of `ALGORITHMS`, or several joined by "+" (a balance method and a weight method). By default what
+             suits the scheme: olive for pairs, ant for a choice of types, smoothquant for int8 activations, else rtn.
     data:    calibration batches: any iterable of tensors, tuples of arguments or mappings of keyword arguments.
              Balance methods and static activations need it; with it, each layer's output error is measured too.
     options: passed to the methods, such as alpha=0.5.
@@ -60,6 +61,7 @@ def quantize(
     start = time.perf_counter()
     scheme = resolve(scheme)
     check_formats(scheme.weights, scheme.input_activations)
+    method = default_method(scheme) if method is None else method
     methods = Methods.parse(method, options)
     _refuse_quantized(model)
     plans = plan_layers(model, scheme)
@@ -69,7 +71,7 @@ def quantize(
         raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")
     with _evaluating(model):
         batches = None if data is None else Batches(model, data, progress=progress)
-        plans, watched = watch(model, plans, batches, static=static)
+        plans, watched = watch(model, plans, batches, scheme, methods)
         chosen = [plan for plan in plans if not plan.reason]
         if not chosen:
             raise EvenbitsError(_nothing_to_do(plans))
@@ -161,6 +163,7 @@ def _row(plan: LayerPlan, solved: Solved | None, model: nn.Module) -> LayerRow:
         weight_bytes=module.weight_bytes,
         sqnr_db=solved.weight_error.sqnr_db,
         output_sqnr_db=None if solved.output_error is None else solved.output_error.sqnr_db,
+        pairs=solved.pairs,
     )
 
 

@@ -6,10 +6,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from evenbits.numerics.pair_statistics import PairStatistics
+
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer. `status` is "quantized" or "float"; `reason` says why it is float (or what to know about it)."""
+    """One layer. status: "quantized" or "float"; reason: why it is float, or what to know about it; pairs: what became
+    of outlier-victim pairs, for formats that have them."""
 
     name: str
     kind: str
@@ -22,6 +25,7 @@ class LayerRow:
     weight_bytes: int
     sqnr_db: float | None = None
     output_sqnr_db: float | None = None
+    pairs: PairStatistics | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from evenbits.errors import EvenbitsError
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.calibration import Calibration
 from evenbits.pipeline.calibration import calibration as open_calibration
-from evenbits.pipeline.methods import Methods
+from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.quantize import quantize
 from evenbits.pipeline.result import Result
 from evenbits.schemes.scheme import Scheme, resolve
@@ -54,7 +54,7 @@ def quantize_to_folder(
     output: Path | None,
     *,
     scheme: str,
-    method: str,
+    method: str | None,
     options: dict[str, Any],
     calibration: str | None,
     samples: int,
@@ -72,6 +72,7 @@ def quantize_to_folder(
     """
     resolved = resolve(scheme)
     resolved = replace(resolved, ignore=(*resolved.ignore, *ignore))
+    method = default_method(resolved) if method is None else method
     methods = Methods.parse(method, options)
     path = output if output is not None else _default_output(model, scheme)
     check_output(path, overwrite=overwrite)

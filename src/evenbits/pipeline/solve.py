@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from evenbits.algorithms.base import ActivationQuantizer
+from evenbits.algorithms.base import ActivationQuantizer, LayerStats
 from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import QConv2d
 from evenbits.nn.linear import QLinear
-from evenbits.numerics.affine import qparams
 from evenbits.numerics.metrics import RunningError, compare
+from evenbits.numerics.pair_statistics import PairStatistics, pair_statistics
 from evenbits.observers.calibrate import watching
-from evenbits.observers.channel_range import ChannelRange
+from evenbits.pipeline.activations import activation_quantizers
 from evenbits.pipeline.balance import Balanced
 from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan, weight_OI
 from evenbits.pipeline.watch import Watched
 from evenbits.schemes.scheme import Scheme
+
+_Built: TypeAlias = tuple[QuantizedLayer, RunningError, PairStatistics | None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Solved:
     weight_error: RunningError
     output_error: RunningError | None
     note: str
+    pairs: PairStatistics | None
 
 
 def solve(
@@ -50,19 +54,21 @@ def solve(
     progress: bool,
 ) -> dict[str, Solved]:
     """Quantizes the planned layers. Raises EvenbitsError naming the layer that cannot be."""
-    built: dict[str, tuple[QuantizedLayer, RunningError]] = {}
+    built: dict[str, _Built] = {}
+    activations = activation_quantizers(model, plans, scheme, balanced, watched)
     for plan in tqdm(plans, desc="quantizing", unit="layer", disable=not progress or None):
         try:
-            ranges = None if watched is None else watched.ranges[plan.name]
-            built[plan.name] = _layer(model.get_submodule(plan.name), plan, scheme, methods, balanced, ranges)
+            stats = _stats(plan, balanced, watched)
+            module, activation = model.get_submodule(plan.name), activations[plan.name]
+            built[plan.name] = _layer(module, plan, scheme, methods, balanced, stats, activation)
         except EvenbitsError as error:
             raise EvenbitsError(f"layer {plan.name}: {error}") from error
     outputs = {} if watched is None else _output_errors(model, built, balanced, watched)
     unseen = {plan.name for plan in plans if watched is not None and not watched.ranges[plan.name].seen}
     note = "did not run on the calibration data: rounded without statistics"
     return {
-        name: Solved(module, error, outputs.get(name), note if name in unseen else "")
-        for name, (module, error) in built.items()
+        name: Solved(module, error, outputs.get(name), note if name in unseen else "", pairs)
+        for name, (module, error, pairs) in built.items()
     }
 
 
@@ -72,36 +78,38 @@ def _layer(
     scheme: Scheme,
     methods: Methods,
     balanced: Balanced,
-    ranges: ChannelRange | None,
-) -> tuple[QuantizedLayer, RunningError]:
+    stats: LayerStats,
+    activation: ActivationQuantizer | None,
+) -> _Built:
     weight = weight_OI(module)
     scale_I = balanced.scales.get(plan.name)
     weight = weight.float() if scale_I is None else weight.float() * scale_I.to(weight.device)
-    quantized = methods.weight(weight, scheme.weights, None, **methods.weight_options)
-    activation = _activation(scheme, ranges, scale_I)
+    quantized = methods.weight(weight, scheme.weights, stats, **methods.weight_options)
     multiplier = None if scale_I is None or plan.name not in balanced.multiplied else scale_I.reciprocal()
     bias = getattr(module, "bias", None)
     kwargs = {"geometry": QConv2d.geometry_of(module)} if isinstance(module, nn.Conv2d) else {}
     make: type[QuantizedLayer] = QConv2d if isinstance(module, nn.Conv2d) else QLinear
     layer = make(quantized, plan.shape, bias, activation, multiplier, **kwargs).to(weight.device)
-    return layer, compare(weight, quantized.dequantize())
+    return layer, compare(weight, quantized.dequantize()), pair_statistics(weight, quantized)
 
 
-def _activation(
-    scheme: Scheme, ranges: ChannelRange | None, scale_I: torch.Tensor | None
-) -> ActivationQuantizer | None:
-    fmt = scheme.input_activations
-    if fmt is None or scheme.dynamic or ranges is None:
-        return None if fmt is None else ActivationQuantizer(fmt)
-    # No second pass is needed after smoothing: the range of x/s is the range of x, channel by channel, over s.
-    divisor = torch.ones(()) if scale_I is None else scale_I.to(ranges.hi.device)
-    lo, hi = (ranges.lo / divisor).amin(), (ranges.hi / divisor).amax()
-    scale, zero_point = qparams(lo.reshape(1), hi.reshape(1), fmt)
-    return ActivationQuantizer(fmt, scale, zero_point)
+def _stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
+    """Statistics of a layer's input as its weight's columns meet it: balanced, and repeated over a kernel's window."""
+    moment = None if watched is None else watched.moments.get(plan.name)
+    if moment is None or not moment.seen:
+        return LayerStats()
+    mean_I = moment.mean
+    scale_I = balanced.scales.get(plan.name)
+    if scale_I is not None:
+        mean_I = mean_I / scale_I.to(mean_I.device).square()
+    if plan.kind == "Conv2d":
+        # A grouped convolution's row meets the channels of its own group; the mean over groups stands for all rows.
+        mean_I = mean_I.view(-1, plan.shape[1]).mean(dim=0).repeat_interleave(plan.shape[2] * plan.shape[3])
+    return LayerStats(mean_I)
 
 
 def _output_errors(
-    model: nn.Module, built: Mapping[str, tuple[QuantizedLayer, RunningError]], balanced: Balanced, watched: Watched
+    model: nn.Module, built: Mapping[str, _Built], balanced: Balanced, watched: Watched
 ) -> dict[str, RunningError]:
     errors: dict[str, RunningError] = {}
 

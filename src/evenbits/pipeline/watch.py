@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from evenbits.graph.trace import Trace, trace
 from evenbits.observers.calibrate import channel_ranges
 from evenbits.observers.channel_range import ChannelRange
+from evenbits.observers.second_moment import SecondMoment
 from evenbits.pipeline.batches import Batches
+from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan, outside_readers, unwatched_readers
+from evenbits.pipeline.rehearse import rehearse
+from evenbits.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Watched:
     trace: Trace
     ranges: Mapping[str, ChannelRange]
     source: Batches
+    moments: Mapping[str, SecondMoment] = field(default_factory=dict)
 
     @property
     def batches(self) -> int:
@@ -28,19 +33,23 @@ class Watched:
 
 
 def watch(
-    model: nn.Module, plans: list[LayerPlan], batches: Batches | None, *, static: bool
+    model: nn.Module, plans: list[LayerPlan], batches: Batches | None, scheme: Scheme, methods: Methods
 ) -> tuple[list[LayerPlan], Watched | None]:
     """Runs the calibration. Returns what was seen, and the plans with reasons added for layers that must stay float."""
     if batches is None:
         return plans, None
     dims = {plan.name: plan.channel_dim for plan in plans if not plan.reason}
-    ranges = channel_ranges(model, dims, batches.run_all)
-    flow = trace(model, lambda: batches.run(batches.kept[0]), dims)
-    bare = trace(model, lambda: batches.run(batches.kept[0]), (), hooks=False)
+    wanted = "second_moment" in methods.weight.needs | methods.weight.uses
+    moments = {name: SecondMoment() for name in dims} if wanted else None
+    ranges = channel_ranges(model, dims, batches.run_all, moments)
+    first = batches.runs()[0]
+    flow, bare = trace(model, first, dims), trace(model, first, (), hooks=False)
     open_plans = [plan for plan in plans if not plan.reason]
     blocked = outside_readers(flow, open_plans) | unwatched_readers(flow, bare, open_plans)
-    if static:
+    layers = {plan.name: scheme.weights for plan in open_plans if plan.name not in blocked}
+    blocked |= rehearse(model, layers, first)
+    if scheme.input_activations is not None and not scheme.dynamic:
         unseen = dict.fromkeys(dims, "did not run on the calibration data: no activation scale")
         blocked |= {name: reason for name, reason in unseen.items() if not ranges[name].seen}
     plans = [replace(plan, reason=plan.reason or blocked.get(plan.name, "")) for plan in plans]
-    return plans, Watched(flow, ranges, batches)
+    return plans, Watched(flow, ranges, batches, moments or {})

@@ -1,0 +1,71 @@
+"""How each layer's input is quantized: dynamically, by its calibrated range, or by a calibrated search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from evenbits.algorithms.base import ActivationQuantizer
+from evenbits.numerics.affine import qparams
+from evenbits.numerics.format import Format
+from evenbits.numerics.qdtypes import QDtype
+from evenbits.observers.calibrate import watching
+from evenbits.observers.channel_range import ChannelRange
+from evenbits.observers.scale_search import ScaleSearch
+from evenbits.pipeline.balance import Balanced
+from evenbits.pipeline.plan import LayerPlan
+from evenbits.pipeline.watch import Watched
+from evenbits.schemes.scheme import Scheme
+
+
+def activation_quantizers(
+    model: nn.Module, plans: list[LayerPlan], scheme: Scheme, balanced: Balanced, watched: Watched | None
+) -> dict[str, ActivationQuantizer | None]:
+    """The input quantizer of every planned layer; None where inputs stay float."""
+    fmt = scheme.input_activations
+    if fmt is None or scheme.dynamic or watched is None:
+        shared = None if fmt is None else ActivationQuantizer(fmt)
+        return dict.fromkeys((plan.name for plan in plans), shared)
+    if isinstance(fmt.dtype, QDtype) and fmt.rule.range == "minmax":
+        return {plan.name: _spanning(fmt, watched.ranges[plan.name], balanced.scales.get(plan.name)) for plan in plans}
+    return _searched(model, plans, fmt, balanced, watched)
+
+
+def _spanning(fmt: Format, ranges: ChannelRange, scale_I: torch.Tensor | None) -> ActivationQuantizer:
+    # No second pass is needed after smoothing: the range of x/s is the range of x, channel by channel, over s.
+    divisor = torch.ones(()) if scale_I is None else scale_I.to(ranges.hi.device)
+    lo, hi = (ranges.lo / divisor).amin(), (ranges.hi / divisor).amax()
+    scale, zero_point = qparams(lo.reshape(1), hi.reshape(1), fmt)
+    return ActivationQuantizer(fmt, scale, zero_point)
+
+
+def _searched(
+    model: nn.Module, plans: list[LayerPlan], fmt: Format, balanced: Balanced, watched: Watched
+) -> dict[str, ActivationQuantizer | None]:
+    """Two more passes over the kept batches: deviations first, then every candidate's error."""
+    kinds = {plan.name: plan for plan in plans}
+    searches = {name: ScaleSearch(fmt) for name in kinds}
+
+    def balanced_input(name: str, x: torch.Tensor) -> torch.Tensor:
+        scale_I = balanced.scales.get(name)
+        x = x if scale_I is None else x / scale_I.to(x.device, x.dtype)
+        return x.flatten(1) if kinds[name].kind == "Conv2d" else x
+
+    def measure(name: str, x: torch.Tensor, _: torch.Tensor) -> None:
+        searches[name].measure(balanced_input(name, x))
+
+    def update(name: str, x: torch.Tensor, _: torch.Tensor) -> None:
+        searches[name].update(balanced_input(name, x))
+
+    for see in (measure, update):
+        with watching(model, kinds, see):
+            for run in watched.source.runs():
+                run()
+    return _best(searches)
+
+
+def _best(searches: Mapping[str, ScaleSearch]) -> dict[str, ActivationQuantizer | None]:
+    found = {name: search.best() for name, search in searches.items()}
+    return {name: ActivationQuantizer(fmt, scale) for name, (fmt, scale) in found.items()}

@@ -1,0 +1,106 @@
+"""A table from a recipe: each run on a fresh model, scored on the same items, compared with float item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from evenbits.checkpoints.sources import open_model
+from evenbits.errors import EvenbitsError
+from evenbits.evaluation.paired import paired
+from evenbits.evaluation.result import Evaluation
+from evenbits.evaluation.tasks import evaluate
+from evenbits.pipeline.calibration import calibration
+from evenbits.pipeline.quantize import quantize
+from evenbits.pipeline.result import Result
+from evenbits.schemes.recipe import Recipe, RecipeRun
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One run. metric: the task's first figure; difference, paired_error, p: against float on the same items."""
+
+    name: str
+    metric: float
+    standard_error: float | None
+    difference: float | None
+    paired_error: float | None
+    p: float | None
+    bits_per_weight: float
+    weight_bytes: int | None
+    seconds: float | None
+    published: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A finished table. metric: the figure's name; n: items scored."""
+
+    title: str
+    metric: str
+    n: int
+    rows: tuple[TableRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Callable[[str], None]) -> Table:
+    """Runs a recipe. data: the folder its relative names are below; model: another model in place of the recipe's.
+
+    Raises EvenbitsError for whatever a run raises, naming the run.
+    """
+    name = model or _below(data, recipe.model)
+    source = open_model(name)
+    baseline = evaluate(
+        source.model, task=recipe.task, data=_below(data, recipe.evaluation), tokenizer=source.tokenizer
+    )
+    metric = next(iter(baseline.metrics))
+    rows = [_row("float", baseline, None, None, recipe.published)]
+    for run in recipe.runs:
+        say(f"{run.name} …")
+        try:
+            scored, result = _run(recipe, run, name, data)
+        except EvenbitsError as error:
+            raise EvenbitsError(f"run {run.name!r}: {error}") from error
+        rows.append(_row(run.name, scored, baseline, result, run.published))
+    return Table(recipe.title, metric, baseline.n, tuple(rows))
+
+
+def _run(recipe: Recipe, run: RecipeRun, model: str, data: Path) -> tuple[Evaluation, Result]:
+    source = open_model(model)
+    given = None if recipe.calibration is None else _below(data, recipe.calibration)
+    batches = calibration(given, source.model, source.tokenizer, samples=recipe.samples).batches
+    result = quantize(
+        source.model, scheme=run.scheme, method=run.method, data=batches, progress=True, **dict(run.options)
+    )
+    evaluation = _below(data, recipe.evaluation)
+    return evaluate(source.model, task=recipe.task, data=evaluation, tokenizer=source.tokenizer), result
+
+
+def _below(data: Path, name: str) -> str:
+    """A name of the recipe as a path below the data folder if there is such a thing, else as it is (a hub id)."""
+    return str(data / name) if (data / name).exists() else name
+
+
+def _row(
+    name: str, scored: Evaluation, baseline: Evaluation | None, result: Result | None, published: float | None
+) -> TableRow:
+    metric, value = next(iter(scored.metrics.items()))
+    share = metric == "accuracy"
+    compared = paired(baseline.items, scored.items) if share and baseline is not None else None
+    return TableRow(
+        name=name,
+        metric=value,
+        standard_error=sqrt(value * (1 - value) / scored.n) if share else None,
+        difference=None if baseline is None else value - baseline.metrics[metric],
+        paired_error=None if compared is None else compared.standard_error,
+        p=None if compared is None else compared.p,
+        bits_per_weight=32.0 if result is None else 32 * result.weight_bytes / result.float_weight_bytes,
+        weight_bytes=None if result is None else result.weight_bytes,
+        seconds=None if result is None else result.seconds,
+        published=published,
+    )

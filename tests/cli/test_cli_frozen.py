@@ -1,0 +1,113 @@
+"""The command line is a promise: commands, options and defaults, word for word. A change here is a change for users."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from evenbits.cli import app
+
+# command → {option names or ARGUMENT: (default, takes a value)}
+FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
+    "quantize": {
+        "MODEL": ("required", True),
+        "--output/-o": (None, True),
+        "--scheme": ("W8A8", True),
+        "--method": (None, True),  # by the scheme: smoothquant for W8A8
+        "--alpha": (None, True),
+        "--policy": (None, True),
+        "--calibration": (None, True),
+        "--samples": (128, True),
+        "--sequence-length": (128, True),
+        "--batch-size": (8, True),
+        "--ignore": (None, True),
+        "--dtype": ("float32", True),
+        "--overwrite": (False, False),
+        "--json": (False, False),
+    },
+    "evaluate": {
+        "MODEL": ("required", True),
+        "--task": ("required", True),
+        "--data": ("required", True),
+        "--model": (None, True),
+        "--separator": (None, True),
+        "--max-documents": (None, True),
+        "--context": (None, True),
+        "--stride": (None, True),
+        "--batch-size": (None, True),
+        "--max-length": (None, True),
+        "--dtype": ("float32", True),
+        "--json": (False, False),
+    },
+    "inspect": {"PATH": ("required", True), "--json": (False, False)},
+    "table": {
+        "RECIPE": ("required", True),
+        "--data": (".", True),
+        "--model": (None, True),
+        "--json": (False, False),
+    },
+    "demo": {"--output/-o": ("evenbits-demo", True), "--json": (False, False)},
+}
+
+
+def described(command: Any) -> dict[str, tuple[Any, bool]]:
+    found = {}
+    for parameter in command.params:
+        if parameter.name == "help":
+            continue
+        argument = parameter.param_type_name == "argument"
+        name = parameter.name.upper() if argument else "/".join([*parameter.opts, *parameter.secondary_opts])
+        default = parameter.default() if callable(parameter.default) else parameter.default
+        plain = default if default is None or isinstance(default, (bool, int, str)) else str(default)
+        found[name] = ("required" if parameter.required else plain, not getattr(parameter, "is_flag", False))
+    return found
+
+
+def test_the_commands_are_these() -> None:
+    assert list(get_command(app).commands) == list(FROZEN)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_options_and_defaults_are_these(name: str) -> None:
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert described(command) == FROZEN[name]
+    assert command.get_short_help_str()
+    assert all(getattr(p, "help", "") for p in command.params if p.name != "help")
+
+
+def test_the_root_has_a_version_and_nothing_else() -> None:
+    root = get_command(app)
+    assert [parameter.opts for parameter in root.params] == [["--version"]]
+
+
+def run(code: str) -> tuple[str, float]:
+    """What a fresh interpreter prints, and the user and system time it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.stdout, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in FROZEN)], ids=" ".join)
+def test_help_is_quick_and_light(arguments: list[str]) -> None:
+    """Under 0.3 s of processor time, best of three, and without torch or transformers."""
+    code = (
+        f"import sys; sys.argv = ['evenbits', *{arguments!r}]\n"
+        "from evenbits.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    times = []
+    for _ in range(3):
+        out, seconds = run(code)
+        assert out.strip()
+        times.append(seconds)
+        if seconds < 0.3:
+            break
+    assert min(times) < 0.3, times
