@@ -546,3 +546,15 @@ def test_a_broken_generation_config_is_refused_or_harmless(content: str, bert: P
         evenbits.load(bert)
     except CheckpointError:
         pass
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_loaders_would_read_and_evenbits_did_not_write_is_refused(tmp_path: Path, name: str) -> None:
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4))
+    evenbits.quantize(model, method="rtn")
+    out = evenbits.save(model, tmp_path / "out")
+    (out / "README.md").write_text("mine")
+    evenbits.load(out, nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)))
+    (out / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="did not write"):
+        evenbits.load(out, nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)))

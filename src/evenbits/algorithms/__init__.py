@@ -15,6 +15,7 @@ from evenbits.errors import EvenbitsError, unknown_name
 ALGORITHMS: dict[str, str] = {
     "ant": "evenbits.algorithms.ant:ant",
     "olive": "evenbits.algorithms.olive:olive",
+    "repair": "evenbits.algorithms.repair:repair",
     "rtn": "evenbits.algorithms.rtn:rtn",
     "smoothquant": "evenbits.algorithms.smoothquant:smoothquant",
 }

@@ -22,13 +22,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Rebalance:
-    """What a balance method decides for a region: activations are divided by `scale_I`, weight columns multiplied.
+    """What a balance method decides for a region.
 
-    scale_I: float32 [I], positive and finite; choice: what to show in the result's line (such as {"alpha": 0.5}).
+    scale_I: float32 [I], positive and finite: activations are divided by it, weight columns multiplied; or None.
+    choice:  what to show in the result's line (such as {"alpha": 0.5}).
+    perm_I:  int64 [I], a permutation: channel perm_I[i] of the input becomes channel i; or None.
     """
 
-    scale_I: torch.Tensor
+    scale_I: torch.Tensor | None
     choice: dict[str, float]
+    perm_I: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -53,4 +53,6 @@ def olive(
     if not isinstance(fmt.dtype, PairType):
         raise EvenbitsError(f"method 'olive' writes outlier-victim pairs, such as 'ovp4:row'; the scheme says {fmt}.")
     importance_I = stats.second_moment_I if stats is not None and weighted else None
+    if importance_I is not None and not bool(importance_I.any()):
+        importance_I = None  # an input of nothing but zeros would make every rounding as good as any other
     return encode(weight_OI, fmt, policy=policy, importance=importance_I)

@@ -64,7 +64,7 @@ def _layer(name: str, entry: dict[str, Any], sizes: dict[str, int], row: dict[st
         "shape": entry["shape"],
         "format": entry["weight"],
         "input_format": activations or "float",
-        "smoothing": "multiplied" if entry["multiplier"] else "",
+        "smoothing": "multiplied" if entry["multiplier"] else "indexed" if entry["permutation"] else "",
         "bits_per_weight": 8 * nbytes / elements,
         "weight_bytes": nbytes,
         "float_weight_bytes": 4 * elements,

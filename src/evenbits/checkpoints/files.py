@@ -151,6 +151,9 @@ def check_files(folder: Path, config: dict[str, Any]) -> None:
             )
         if sha256(path) != entry.get("sha256"):
             raise CheckpointError(f"{path} was altered after it was written (its SHA-256 differs). Copy it again.")
+    strangers = sorted(p.name for p in folder.iterdir() if p.suffix in _READ and p.name not in (*files, CONFIG))
+    if strangers:
+        raise CheckpointError(f"{folder} holds {strangers[0]!r}, which evenbits did not write; take it out.")
 
 
 def _plain_name(name: str) -> bool:
@@ -159,9 +162,6 @@ def _plain_name(name: str) -> bool:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-    strangers = sorted(p.name for p in folder.iterdir() if p.suffix in _READ and p.name not in (*files, CONFIG))
-    if strangers:
-        raise CheckpointError(f"{folder} holds {strangers[0]!r}, which evenbits did not write; take it out.")
 
 
 def _checksum(config: dict[str, Any]) -> str:

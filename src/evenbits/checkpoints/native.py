@@ -105,6 +105,7 @@ def _layer_config(layer: QuantizedLayer) -> dict[str, Any]:
         "static": layer.input_scale is not None,
         "global_scale": layer.weight_global_scale is not None,
         "multiplier": 0 if layer.input_multiplier is None else layer.input_multiplier.numel(),
+        "permutation": 0 if layer.input_permutation is None else layer.input_permutation.numel(),
         "bias": layer.bias is not None,
     }
     return {**config, "geometry": layer.geometry} if isinstance(layer, QConv2d) else config
@@ -198,6 +199,7 @@ def _empty_layer(entry: dict[str, Any]) -> QuantizedLayer:
         static=bool(entry["static"]),
         global_scale=bool(entry["global_scale"]),
         multiplier=int(entry["multiplier"]),
+        permutation=int(entry["permutation"]),
         bias=torch.float32 if entry["bias"] else None,
         **({"geometry": entry["geometry"]} if kind is QConv2d else {}),
     )

@@ -70,9 +70,9 @@ def prove(
     """
     if not folds:
         return {}
-    references = [_floats(run()) for run in runs]
+    references = [float_outputs(run()) for run in runs]
     for run, reference in zip(runs, references, strict=True):
-        if not reference or not _equal(reference, _floats(run())):
+        if not reference or not outputs_equal(reference, float_outputs(run())):
             reason = "cannot be proved: the model's output is not repeatable"
             return {region.name: reason for region, _ in folds}
     if _holds(model, runs, references, folds, seed):
@@ -105,7 +105,7 @@ def _holds(
                 hook = _multiply_by(factors)
                 handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-        return all(_equal(ref, _floats(run())) for run, ref in zip(runs, references, strict=True))
+        return all(outputs_equal(ref, float_outputs(run())) for run, ref in zip(runs, references, strict=True))
 
 
 def _factors(width: int, generator: torch.Generator) -> torch.Tensor:
@@ -131,12 +131,14 @@ def _multiply_by(factors_I: torch.Tensor) -> Callable[..., Any]:
     return hook
 
 
-def _floats(output: Any) -> list[torch.Tensor]:
+def float_outputs(output: Any) -> list[torch.Tensor]:
+    """The floating-point tensors of whatever a model returned, in order."""
     leaves = tree_leaves(output)
     return [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
-def _equal(reference: list[torch.Tensor], output: list[torch.Tensor]) -> bool:
+def outputs_equal(reference: list[torch.Tensor], output: list[torch.Tensor]) -> bool:
+    """Whether two outputs are the same but for rounding in their type."""
     if len(reference) != len(output):
         return False
     for before, after in zip(reference, output, strict=True):

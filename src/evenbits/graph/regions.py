@@ -80,14 +80,14 @@ def _producer(trace: Trace, value: int, layers: set[str], width: int) -> tuple[P
     producer = _norm_gain(trace, op, width) or _scaled_by_parameter(trace, op, value, width)
     if producer is None:
         return None, f"computed by {_short(op)}, which has no per-channel gain to fold into"
-    other = _foreign_reader(trace, value, layers)
+    other = foreign_reader(trace, value, layers)
     if other is not None:
         return None, other
     return producer, ""
 
 
-def _foreign_reader(trace: Trace, value: int, layers: set[str]) -> str | None:
-    """Why the value cannot be rescaled under its readers, or None."""
+def foreign_reader(trace: Trace, value: int, layers: set[str], reading: int | None = None) -> str | None:
+    """Why the value cannot be changed under its readers, or None. Layers and the operation `reading` may read it."""
     pending, seen = [value], set()
     while pending:
         current = pending.pop()
@@ -100,7 +100,7 @@ def _foreign_reader(trace: Trace, value: int, layers: set[str]) -> str | None:
             return "its tensor is an output of the model"
         for index in trace.readers.get(current, []):
             op = trace.ops[index]
-            if _inside(op.module, layers):
+            if index == reading or _inside(op.module, layers):
                 continue
             if not trace.keeps_channels(op) or op.args[0] != Ref(current):
                 return f"its tensor is also read by {_short(op)} in {op.module or 'the model'}"

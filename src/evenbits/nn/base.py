@@ -6,6 +6,7 @@ Buffers (tensor names are those of compressed-tensors where it has them):
     bias               float [O];                       weight_sum  int32 [O], Σ codes of a row (affine activations)
     input_scale        float32 [1] if calibrated;       input_zero_point   int32 [1]
     input_multiplier   float32 [I], 1/s of a smoothing that could not be folded into the layer before
+    input_permutation  int32 [I], order of the weight's columns if it could not be folded
 O: out, I: in, K: columns of the weight's matrix view (I, or I·kh·kw / groups), G: groups, B: bytes per row.
 """
 
@@ -50,6 +51,7 @@ class QuantizedLayer(nn.Module):
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
     input_multiplier: torch.Tensor | None
+    input_permutation: torch.Tensor | None
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class QuantizedLayer(nn.Module):
             "input_scale": None if activation is None else activation.scale,
             "input_zero_point": None if activation is None else activation.zero_point,
             "input_multiplier": input_multiplier,
+            "input_permutation": None,
         }
         # Those that are there first: torch.export (2.13) pairs buffers with inputs by position and counts absent ones.
         for name in sorted(buffers, key=lambda name: buffers[name] is None):
@@ -92,10 +95,14 @@ class QuantizedLayer(nn.Module):
         static: bool,
         global_scale: bool,
         multiplier: int,
+        permutation: int,
         bias: torch.dtype | None,
         **kwargs: Any,
     ) -> QuantizedLayer:
-        """A layer of the right shapes without contents (meta tensors), for loading. `multiplier`: its length, or 0."""
+        """A layer of the right shapes without contents (meta tensors), for loading.
+
+        multiplier, permutation: lengths of these buffers, 0 if there are none.
+        """
         shape = (weight_shape[0], prod(weight_shape[1:]))
         with torch.device("meta"):
             weight = QTensor.empty(weight_format, shape, global_scale=global_scale)
@@ -106,7 +113,7 @@ class QuantizedLayer(nn.Module):
                 activation = ActivationQuantizer(
                     input_format, scale, torch.empty(1, dtype=torch.int32) if affine else None
                 )
-            return cls(
+            layer = cls(
                 weight,
                 weight_shape,
                 None if bias is None else torch.empty(shape[0], dtype=bias),
@@ -114,6 +121,9 @@ class QuantizedLayer(nn.Module):
                 torch.empty(multiplier) if multiplier else None,
                 **kwargs,
             )
+            if permutation:
+                layer.input_permutation = torch.empty(permutation, dtype=torch.int32)
+            return layer
 
     def qweight(self) -> QTensor:
         """The weight as a QTensor of its matrix view [O, K] (shares memory with the buffers)."""

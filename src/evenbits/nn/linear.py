@@ -25,8 +25,12 @@ class QLinear(QuantizedLayer):
     def out_features(self) -> int:
         return self.weight_shape[0]
 
+    def arranged(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] in the order of the weight's columns, where that is another."""
+        return x if self.input_permutation is None else x.index_select(-1, self.input_permutation)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Linear's word: it may be called by keyword
-        x = self.checked(input)
+        x = self.arranged(self.checked(input))
         if not self.is_integer or self.input_format is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(self.quantized_input(x), self.qweight().dequantize(x.dtype), bias)

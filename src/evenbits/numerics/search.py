@@ -2,7 +2,7 @@
 
 The range of the type (for pairs: of its normal values) is mapped to r · base. `base` is three standard deviations for
 pairs, as OliVe anchors it, and absmax for everything else. r runs over a coarse geometric grid and then takes halving
-steps around the best, down to about 6 % for pairs and 2.5 % for the rest: 13 and 16 passes instead of the released
+steps around the best, down to about 6 % for pairs and 2.5 % for the rest: 17 and 16 passes instead of the released
 code's 88 (a few more where one far outlier sets absmax and numbers are not pairs).
 
 The error is that of the element type as it is packed, under the encoder's policy, weighted by `importance` if given.
@@ -24,10 +24,10 @@ from evenbits.numerics.elements import PairType
 from evenbits.numerics.format import Format
 from evenbits.numerics.scales import neighbours, real, store
 
-_GRID_PAIRS = (0.2, 0.33, 0.55, 0.9, 1.5, 2.4)  # times 3σ
+_GRID_PAIRS = tuple(0.15 * 16 ** (i / 11) for i in range(12))  # 0.15 … 2.4 times 3σ
 _GRID = (1.5, 1.22, 0.82, 0.67, 0.55, 0.45, 0.37, 0.3, 0.25)  # times absmax; 1.0 is always tried
 _LOWEST = 1e-3
-_FINER_PAIRS = ((0.78, 1.28), (0.885, 1.13), (0.94, 1.065))  # times the best so far
+_FINER_PAIRS = ((0.885, 1.13), (0.94, 1.065))  # times the best so far
 _FINER = ((0.905, 1.105), (0.952, 1.05), (0.976, 1.025))
 _SLICE = 1 << 15  # elements
 _WIDE = 2.0**48

@@ -1,8 +1,9 @@
 """The calibrated scale of least squared error for a whole activation, without keeping the activation.
 
 Every candidate's squared error is added up batch by batch; what is kept is one number per candidate. For pairs the
-candidates are multiples of three standard deviations, as OliVe anchors them (`3sigma`: the released 88), for all other
-types fractions of the largest value. Types that are a choice compete with one another.
+candidates are multiples of three standard deviations, as OliVe anchors them (`3sigma`: the released 88), and the
+largest value; for all other types fractions of the largest value; under `minmax` only that value itself. Types that are
+a choice compete with one another. What saw nothing but zeros gets scale 1, as everywhere.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from evenbits.errors import EvenbitsError
 from evenbits.numerics import elements
+from evenbits.numerics.affine import symmetric_scale
 from evenbits.numerics.elements import PairType, TypeChoice
 from evenbits.numerics.format import Format
 from evenbits.numerics.search import Block
@@ -20,13 +22,23 @@ from evenbits.numerics.search import Block
 _PAIR_RATIOS = tuple(0.2 * 1.13**i for i in range(21))  # 0.2 … 2.3 times 3σ
 _RATIOS = tuple(1.05**-i for i in range(40))  # 1.0 … 0.15 times absmax
 _RELEASED = tuple(percent / 100 for percent in range(75, 250, 2))
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class ScaleSearch:
-    """First `measure` every batch, then `update` with every batch again, then take `best`."""
+    """First `measure` every batch, then `update` with every batch again, then take `best`.
+
+    Raises EvenbitsError for affine formats and percentiles, which are not searched, and for negative numbers in an
+    unsigned format.
+    """
 
     def __init__(self, fmt: Format) -> None:
         element = fmt.dtype
+        if not fmt.rule.symmetric or fmt.rule.range == "percentile":
+            raise EvenbitsError(
+                f"{fmt}: a calibrated scale is searched for symmetric formats, by mse or 3sigma, or spans the range "
+                "(minmax); leave the other options out, or use dynamic: true."
+            )
         if isinstance(element, TypeChoice):
             self._members = [replace(fmt, dtype=member) for member in element.choices]
         elif isinstance(element, PairType) and len(element.choices) > 1:
@@ -39,13 +51,18 @@ class ScaleSearch:
 
     def measure(self, x: torch.Tensor) -> None:
         """Adds a tensor to the mean, deviation and largest value."""
+        if not x.numel():
+            return
+        symmetric_scale(x.amin().float(), x.amax().float(), self._members[0])  # refuses negatives in an unsigned format
         self._sum += float(x.double().sum())
         self._squares += float(x.double().square().sum())
-        self._absmax = max(self._absmax, float(x.abs().max())) if x.numel() else self._absmax
+        self._absmax = max(self._absmax, float(x.abs().max()))
         self._count += x.numel()
 
     def update(self, x: torch.Tensor) -> None:
         """Adds a tensor [..., K] to the error of every candidate."""
+        if not x.numel():
+            return
         x_MK = x.reshape(-1, x.shape[-1]).float()
         padding = self._members[0].stored_columns(x_MK.shape[1]) - x_MK.shape[1]
         block = Block(torch.nn.functional.pad(x_MK, (0, padding)).unsqueeze(1), shared=True)
@@ -64,10 +81,16 @@ class ScaleSearch:
 
     def _scales(self, fmt: Format) -> list[float]:
         largest = elements.largest(fmt.dtype)
+        if self._absmax == 0:
+            return [1.0]
+        if fmt.rule.range == "minmax":
+            return [max(self._absmax / largest, _TINY)]
         if not isinstance(fmt.dtype, PairType):
-            return [max(ratio * self._absmax, 1e-30) / largest for ratio in _RATIOS]
+            return [max(ratio * self._absmax / largest, _TINY) for ratio in _RATIOS]
         mean = self._sum / max(1, self._count)
         deviation = max(0.0, self._squares / max(1, self._count) - mean**2) ** 0.5
-        base = max(abs(mean + 3 * deviation), abs(mean - 3 * deviation), 1e-30)
-        ratios = _RELEASED if fmt.rule.range == "3sigma" else _PAIR_RATIOS
-        return [ratio * base / largest for ratio in ratios]
+        base = max(abs(mean + 3 * deviation), abs(mean - 3 * deviation))
+        released = fmt.rule.range == "3sigma"
+        # 8-bit pairs may want a larger scale than any multiple of 3σ here; ours is never worse than spanning.
+        tops = [ratio * base for ratio in _RELEASED] if released else [*(r * base for r in _PAIR_RATIOS), self._absmax]
+        return [max(top / largest, _TINY) for top in tops]

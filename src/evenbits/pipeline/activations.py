@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from evenbits.algorithms.base import ActivationQuantizer
+from evenbits.errors import EvenbitsError
 from evenbits.numerics.affine import qparams
+from evenbits.numerics.elements import PairType, TypeChoice
 from evenbits.numerics.format import Format
-from evenbits.numerics.qdtypes import QDtype
 from evenbits.observers.calibrate import watching
 from evenbits.observers.channel_range import ChannelRange
 from evenbits.observers.scale_search import ScaleSearch
 from evenbits.pipeline.balance import Balanced
+from evenbits.pipeline.batches import KEPT
 from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.watch import Watched
 from evenbits.schemes.scheme import Scheme
@@ -28,7 +28,7 @@ def activation_quantizers(
     if fmt is None or scheme.dynamic or watched is None:
         shared = None if fmt is None else ActivationQuantizer(fmt)
         return dict.fromkeys((plan.name for plan in plans), shared)
-    if isinstance(fmt.dtype, QDtype) and fmt.rule.range == "minmax":
+    if fmt.rule.range == "minmax" and not isinstance(fmt.dtype, (PairType, TypeChoice)):
         return {plan.name: _spanning(fmt, watched.ranges[plan.name], balanced.scales.get(plan.name)) for plan in plans}
     return _searched(model, plans, fmt, balanced, watched)
 
@@ -49,12 +49,14 @@ def _searched(
     searches = {name: ScaleSearch(fmt) for name in kinds}
 
     def balanced_input(name: str, x: torch.Tensor) -> torch.Tensor:
-        scale_I = balanced.scales.get(name)
-        x = x if scale_I is None else x / scale_I.to(x.device, x.dtype)
-        return x.flatten(1) if kinds[name].kind == "Conv2d" else x
+        x = balanced.seen(name, x)
+        return x.flatten(-3) if kinds[name].kind == "Conv2d" else x  # each image one row, as the layer has it
 
     def measure(name: str, x: torch.Tensor, _: torch.Tensor) -> None:
-        searches[name].measure(balanced_input(name, x))
+        try:
+            searches[name].measure(balanced_input(name, x))
+        except EvenbitsError as error:
+            raise EvenbitsError(f"layer {name}: {error}") from error
 
     def update(name: str, x: torch.Tensor, _: torch.Tensor) -> None:
         searches[name].update(balanced_input(name, x))
@@ -63,9 +65,14 @@ def _searched(
         with watching(model, kinds, see):
             for run in watched.source.runs():
                 run()
-    return _best(searches)
+    return {name: _best(name, search) for name, search in searches.items()}
 
 
-def _best(searches: Mapping[str, ScaleSearch]) -> dict[str, ActivationQuantizer | None]:
-    found = {name: search.best() for name, search in searches.items()}
-    return {name: ActivationQuantizer(fmt, scale) for name, (fmt, scale) in found.items()}
+def _best(name: str, search: ScaleSearch) -> ActivationQuantizer:
+    try:
+        return ActivationQuantizer(*search.best())
+    except EvenbitsError as error:
+        raise EvenbitsError(
+            f"layer {name} did not run on the first {KEPT} calibration batches, on which scales are searched; put a "
+            "batch that reaches it first, or keep it in float (ignore)."
+        ) from error

@@ -30,7 +30,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class RegionRow:
-    """One region. `status` is "folded", "multiplied" or "skipped", with the reason."""
+    """One region. status: "folded", "multiplied", "indexed" (re-paired at run time) or "skipped", with the reason."""
 
     name: str
     layers: tuple[str, ...]

@@ -81,15 +81,20 @@ def _layer(
     stats: LayerStats,
     activation: ActivationQuantizer | None,
 ) -> _Built:
-    weight = weight_OI(module)
-    scale_I = balanced.scales.get(plan.name)
-    weight = weight.float() if scale_I is None else weight.float() * scale_I.to(weight.device)
+    scale_I, perm_I = balanced.scales.get(plan.name), balanced.perms.get(plan.name)
+    rows_O = balanced.outputs.get(plan.name, slice(None))
+    weight = weight_OI(module)[rows_O].float()
+    weight = weight if scale_I is None else weight * scale_I.to(weight.device)
+    weight = weight if perm_I is None else weight[:, perm_I.to(weight.device)]
     quantized = methods.weight(weight, scheme.weights, stats, **methods.weight_options)
     multiplier = None if scale_I is None or plan.name not in balanced.multiplied else scale_I.reciprocal()
     bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias[rows_O]
     kwargs = {"geometry": QConv2d.geometry_of(module)} if isinstance(module, nn.Conv2d) else {}
     make: type[QuantizedLayer] = QConv2d if isinstance(module, nn.Conv2d) else QLinear
     layer = make(quantized, plan.shape, bias, activation, multiplier, **kwargs).to(weight.device)
+    if perm_I is not None and plan.name in balanced.indexed:
+        layer.input_permutation = perm_I.to(weight.device, torch.int32)
     return layer, compare(weight, quantized.dequantize()), pair_statistics(weight, quantized)
 
 
@@ -102,6 +107,8 @@ def _stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> Laye
     scale_I = balanced.scales.get(plan.name)
     if scale_I is not None:
         mean_I = mean_I / scale_I.to(mean_I.device).square()
+    if plan.name in balanced.perms:
+        mean_I = mean_I[balanced.perms[plan.name].to(mean_I.device)]
     if plan.kind == "Conv2d":
         # A grouped convolution's row meets the channels of its own group; the mean over groups stands for all rows.
         mean_I = mean_I.view(-1, plan.shape[1]).mean(dim=0).repeat_interleave(plan.shape[2] * plan.shape[3])
@@ -114,10 +121,8 @@ def _output_errors(
     errors: dict[str, RunningError] = {}
 
     def see(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        scale_I = balanced.scales.get(name)
-        if scale_I is not None and name not in balanced.multiplied:
-            x = x / scale_I.to(x.device, x.dtype)  # what the folded producer will deliver
-        errors.setdefault(name, RunningError()).add(y, built[name][0](x))
+        rows_O = balanced.outputs.get(name, slice(None))
+        errors.setdefault(name, RunningError()).add(y[..., rows_O], built[name][0](balanced.delivered(name, x)))
 
     with watching(model, built, see):
         for run in watched.source.runs():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from evenbits.evaluation.paired import paired
 from evenbits.evaluation.result import Evaluation
 from evenbits.evaluation.tasks import evaluate
 from evenbits.pipeline.calibration import calibration
+from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.quantize import quantize
 from evenbits.pipeline.result import Result
 from evenbits.schemes.recipe import Recipe, RecipeRun
@@ -45,7 +46,8 @@ class Table:
     rows: tuple[TableRow, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data for JSON; infinite figures (a perplexity) are null."""
+        return {**asdict(self), "rows": [_finite(asdict(row)) for row in self.rows]}
 
 
 def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Callable[[str], None]) -> Table:
@@ -71,14 +73,18 @@ def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Cal
 
 
 def _run(recipe: Recipe, run: RecipeRun, model: str, data: Path) -> tuple[Evaluation, Result]:
+    method = run.method or default_method(run.scheme)
+    Methods.parse(method, run.options)  # before anything is loaded, and so that no option is taken for an argument
     source = open_model(model)
     given = None if recipe.calibration is None else _below(data, recipe.calibration)
     batches = calibration(given, source.model, source.tokenizer, samples=recipe.samples).batches
-    result = quantize(
-        source.model, scheme=run.scheme, method=run.method, data=batches, progress=True, **dict(run.options)
-    )
+    result = quantize(source.model, scheme=run.scheme, method=method, data=batches, progress=True, **dict(run.options))
     evaluation = _below(data, recipe.evaluation)
     return evaluate(source.model, task=recipe.task, data=evaluation, tokenizer=source.tokenizer), result
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(x, float) and not isfinite(x) else x for key, x in row.items()}
 
 
 def _below(data: Path, name: str) -> str:

@@ -19,12 +19,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 
 from evenbits.errors import EvenbitsError, unknown_name
 from evenbits.schemes.scheme import Scheme, resolve
+
+# What a key holds, where it is not text. Runs and schemes are checked by those who read them.
+_VALUES: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "calibration": ("text", (str, NoneType)),
+    "method": ("text", (str, NoneType)),
+    "options": ("keys and values", (dict,)),
+    "published": ("a number", (int, float, NoneType)),
+    "runs": ("a list", (object,)),
+    "samples": ("a whole number", (int,)),
+    "scheme": ("a scheme", (object,)),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,10 @@ def _recipe(data: Any, source: str) -> Recipe:
     runs = []
     for entry in keys["runs"]:
         run = _checked(entry, RecipeRun, f"{source}, runs", ("name", "scheme"))
-        runs.append(RecipeRun(**{**run, "scheme": resolve(run["scheme"])}))
+        try:
+            runs.append(RecipeRun(**{**run, "scheme": resolve(run["scheme"])}))
+        except EvenbitsError as error:
+            raise EvenbitsError(f"{source}, run {run['name']!r}: {error}") from error
     return Recipe(**{**keys, "runs": tuple(runs)})
 
 
@@ -98,4 +113,8 @@ def _checked(data: Any, kind: type, source: str, needed: tuple[str, ...]) -> dic
     missing = [key for key in needed if key not in data]
     if missing:
         raise EvenbitsError(f"{source} lacks the key {missing[0]!r}; it needs: {', '.join(needed)}.")
+    for key, value in data.items():
+        words, types = _VALUES.get(key, ("text", (str,)))
+        if not isinstance(value, types) or (isinstance(value, bool) and object not in types):
+            raise EvenbitsError(f"{source}: {key!r} must be {words}; given {value!r}.")
     return dict(data)
