@@ -12,6 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+DOCS = {
+    path.name: block
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+}
 SHELL = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -27,6 +32,14 @@ def test_python_runs(code: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "quantized" in done.stdout
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_python_of_the_documents_runs(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", DOCS[name]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_commands_exist_with_the_options_shown() -> None:

@@ -62,7 +62,7 @@ def test_it_takes_the_type_of_least_error(name: str, seed: int) -> None:
     chosen, _, granularity = str(encoded.format).partition(":")
     assert chosen in MAGNITUDES and granularity.startswith("row")
     best = min(errors.values())
-    # The search is coarse and rows of 96 have a jagged error: types within a third of a dB of each other may change places.
+    # The search is coarse and rows of 96 have a jagged error: types a third of a dB apart may change places.
     assert errors[chosen] <= best * 1.08, errors
     measured = float((encoded.dequantize(torch.float64) - weight.double()).square().sum())
     assert measured <= best * 1.25  # a row in six finds its lucky scale only in the dense grid

@@ -89,7 +89,7 @@ def test_the_policy_option_overrides_the_formats(policy: str) -> None:
 
 
 def test_an_unknown_policy_names_the_nearest() -> None:
-    with pytest.raises(EvenbitsError, match="unknown pair policy 'papper'. Did you mean 'paper'"):
+    with pytest.raises(EvenbitsError, match=r"unknown pair policy 'papper'\. Did you mean 'paper'"):
         olive(_weights(), Format.parse("ovp4:row"), policy="papper")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -25,7 +25,7 @@ def _exact(b: int, c: int) -> Fraction:
     n, distance = b + c, abs(b - c)
     row = [1]
     for _ in range(n):  # Pascal's triangle
-        row = [1, *(x + y for x, y in zip(row, row[1:], strict=False)), 1]
+        row = [1, *(x + y for x, y in pairwise(row)), 1]
     return Fraction(sum(ways for k, ways in enumerate(row) if abs(n - 2 * k) >= distance), 2**n)
 
 

@@ -96,7 +96,8 @@ def _show(run: Run) -> None:
     show(
         f"Quantized weights: {size(result.float_weight_bytes)} in float32 → {size(result.weight_bytes)} in memory "
         f"({ratio:.4f}), {size(run.weight_bytes_on_disk)} on disk. Whole folder: {size(run.file_bytes)}.",
-        f"{result.seconds:.1f} s, peak memory {size(result.peak_bytes)}, products: {result.backend}.",
+        f"{result.seconds:.1f} s ({result.search.seconds:.1f} s of it scale search), peak memory "
+        f"{size(result.peak_bytes)}, products: {result.backend}.",
         f"Written to {run.path}, read back, equal bit for bit ({run.compared}).",
         "",
         f"Next: evenbits inspect {run.path}",

@@ -15,20 +15,23 @@ from evenbits.errors import EvenbitsError
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
-    """torch.inference_mode with the model in evaluation mode; yields the device of the model's first tensor.
-
-    Afterwards, on an error too, every submodule is in the mode it was in before.
-    """
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards, on an error too, every submodule is in the mode it was in before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            first = next(chain(model.parameters(), model.buffers()), None)
-            yield torch.device("cpu") if first is None else first.device
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
+    """torch.inference_mode with the model in evaluation mode; yields the device of the model's first tensor."""
+    with evaluation_mode(model), torch.inference_mode():
+        first = next(chain(model.parameters(), model.buffers()), None)
+        yield torch.device("cpu") if first is None else first.device
 
 
 def logits_of(output: Any) -> torch.Tensor:

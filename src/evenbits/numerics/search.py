@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -40,7 +40,6 @@ class SearchCost:
     passes: int = 0
     seconds: float = 0.0
     elements: int = 0
-    started: float = field(default=0.0, repr=False)
 
 
 _cost: ContextVar[SearchCost | None] = ContextVar("evenbits_search_cost", default=None)

@@ -13,8 +13,8 @@ bit for bit what it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from torch import nn
 
 from evenbits.errors import EvenbitsError
 from evenbits.evaluation.memory import model_bytes, peak_bytes
+from evenbits.evaluation.running import evaluation_mode
 from evenbits.kernels import dispatch
 from evenbits.nn.base import QuantizedLayer, check_formats
-from evenbits.pipeline.balance import Balanced, balance, skipped_convolutions
+from evenbits.numerics.search import SearchCost, counting_cost
+from evenbits.pipeline.balance import Balanced, balance
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.plan import LayerPlan, plan_layers
-from evenbits.pipeline.result import LayerRow, RegionRow, Result
+from evenbits.pipeline.result import LayerRow, Result
 from evenbits.pipeline.solve import Solved, solve
 from evenbits.pipeline.swap import swap
 from evenbits.pipeline.watch import Watched, watch
@@ -69,18 +71,20 @@ def quantize(
     if data is None and (static or methods.balance is not None):
         what = "static activations need" if static else f"method {method!r} needs"
         raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")
-    with _evaluating(model):
+    with evaluation_mode(model):
         batches = None if data is None else Batches(model, data, progress=progress)
         plans, watched = watch(model, plans, batches, scheme, methods)
         chosen = [plan for plan in plans if not plan.reason]
         if not chosen:
             raise EvenbitsError(_nothing_to_do(plans))
         balanced = balance(model, chosen, watched, methods) if watched is not None else Balanced()
-        solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
+        with counting_cost() as cost:
+            solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
         with swap(model, {name: layer.module for name, layer in solved.items()}, balanced.folds):
             if batches is not None:
                 batches.check_quantized()
-            return _result(model, scheme, methods, plans, balanced, solved, watched, start)
+            found = _result(model, scheme, methods, plans, balanced, solved, watched, cost)
+            return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
 
 
 def _refuse_quantized(model: nn.Module) -> None:
@@ -91,17 +95,6 @@ def _refuse_quantized(model: nn.Module) -> None:
         raise EvenbitsError(
             f"the model is quantized already ({len(already)} layers, such as {already[0]}); load the float one."
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _nothing_to_do(plans: list[LayerPlan]) -> str:
@@ -119,30 +112,36 @@ def _result(
     balanced: Balanced,
     solved: Mapping[str, Solved],
     watched: Watched | None,
-    start: float,
+    cost: SearchCost,
 ) -> Result:
     rows = tuple(_row(plan, solved.get(plan.name), model) for plan in plans)
     layers = [layer.module for layer in solved.values()]
-    regions: tuple[RegionRow, ...] = ()
-    if methods.balance is not None:
-        regions = (*balanced.rows, *skipped_convolutions(plans))
-    backend = dispatch.choice(next(model.buffers()).device.type)
-    integer = f"{backend.backend} ({backend.reason})" if layers[0].is_integer else "float product of decoded weights"
     return Result(
         scheme=scheme.to_json(),
         method=methods.name,
         options=methods.options,
         layers=rows,
-        regions=regions,
+        regions=balanced.rows,
         weight_bytes=sum(layer.weight_bytes for layer in layers),
         float_weight_bytes=sum(layer.float_weight_bytes for layer in layers),
         model_bytes=model_bytes(model),
-        seconds=time.perf_counter() - start,
-        peak_bytes=peak_bytes(),
-        backend=integer,
+        seconds=0.0,
+        peak_bytes=0,
+        backend=_backend(layers),
+        search=cost,
         calibration_batches=0 if watched is None else watched.batches,
         notes=balanced.notes,
     )
+
+
+def _backend(layers: list[QuantizedLayer]) -> str:
+    """Who computes the products: integers where the formats allow, and how many layers that is."""
+    integer = sum(layer.is_integer for layer in layers)
+    if not integer:
+        return "float product of decoded weights"
+    chosen = dispatch.choice(layers[0].weight.device.type)
+    rest = "" if integer == len(layers) else f" in {integer} of {len(layers)} layers, float products in the others"
+    return f"{chosen.backend}{rest} ({chosen.reason})"
 
 
 def _row(plan: LayerPlan, solved: Solved | None, model: nn.Module) -> LayerRow:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evenbits.numerics.pair_statistics import PairStatistics
+from evenbits.numerics.search import SearchCost
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class RegionRow:
 @dataclass(frozen=True)
 class Result:
     """A quantization run. Bytes: `weight_bytes` are codes, scales, zero points and row sums of the quantized layers,
-    `float_weight_bytes` four bytes for each of their elements, `model_bytes` the whole model now."""
+    `float_weight_bytes` four bytes for each of their elements, `model_bytes` the whole model now. search: what looking
+    for scales took."""
 
     scheme: dict[str, Any]
     method: str
@@ -55,6 +57,7 @@ class Result:
     seconds: float
     peak_bytes: int
     backend: str
+    search: SearchCost
     calibration_batches: int
     notes: tuple[str, ...] = field(default=())
 
