@@ -9,8 +9,9 @@ PYTEST := $(BIN)/python -m pytest
 demo: $(VENV)/ready
 	$(BIN)/evenbits demo
 
+# Two workers with one thread each: two torch thread pools on two cores wait for each other more than they work.
 test: $(VENV)/ready lint
-	$(PYTEST) -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2
 
 slow: $(VENV)/ready
 	$(PYTEST) -m slow

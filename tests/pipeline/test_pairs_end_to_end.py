@@ -160,7 +160,6 @@ def test_bytes_are_those_of_the_tensors(scheme: str) -> None:
             assert row.bits_per_weight <= bits + 0.3  # the factor, the bits that say the kind
 
 
-@pytest.mark.xfail(strict=True, reason="describe counts neither weight_global_scale nor weight_kinds")
 @pytest.mark.parametrize("scheme", ["W4A8_OVP_G32", "W4A16_OVP_MIX"])
 def test_bytes_on_disk_are_those_in_memory(scheme: str, tmp_path: Path) -> None:
     model, data = bert()

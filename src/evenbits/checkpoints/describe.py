@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from evenbits.checkpoints.files import CONFIG, WEIGHTS, check_config, check_files, read_config
 from evenbits.checkpoints.native import VERSION
 from evenbits.errors import CheckpointError
+from evenbits.nn.base import WEIGHT_BUFFERS
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _ITEM_BYTES |= {"U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-_OTHER_PARTS = ("weight_scale", "weight_zero_point", "weight_sum")
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -56,7 +56,9 @@ def _described(folder: Path, config: dict[str, Any], sizes: dict[str, int]) -> d
 
 def _layer(name: str, entry: dict[str, Any], sizes: dict[str, int], row: dict[str, Any]) -> dict[str, Any]:
     elements = prod(entry["shape"])
-    nbytes = sizes[f"{name}.weight"] + sum(sizes.get(f"{name}.{part}", 0) for part in _OTHER_PARTS)
+    nbytes = sizes[f"{name}.weight"] + sum(
+        sizes.get(f"{name}.{part}", 0) for part in WEIGHT_BUFFERS if part != "weight"
+    )
     activations = entry["input"] and f"{entry['input']} {'static' if entry['static'] else 'dynamic'}"
     return {
         "name": name,

@@ -95,7 +95,7 @@ class QuantizedLayer(nn.Module):
         static: bool,
         global_scale: bool,
         multiplier: int,
-        permutation: int,
+        permutation: int = 0,
         bias: torch.dtype | None,
         **kwargs: Any,
     ) -> QuantizedLayer:

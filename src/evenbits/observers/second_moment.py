@@ -27,7 +27,7 @@ class SecondMoment:
         """Mean x² of each channel. Raises EvenbitsError if nothing was seen."""
         if self._sum is None:
             raise EvenbitsError("no calibration data reached this layer.")
-        return (self._sum / self._count).float()
+        return (self._sum / self._count).clamp(max=torch.finfo(torch.float32).max).float()
 
     def update(self, x: torch.Tensor, channel_dim: int = -1) -> None:
         """Adds a tensor (any float dtype)."""

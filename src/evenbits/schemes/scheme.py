@@ -48,7 +48,7 @@ class Scheme:
         if (
             not self.dynamic
             and self.input_activations is not None
-            and str(self.input_activations).split(":")[1] != "tensor"
+            and self.input_activations.granularity.kind != "tensor"
         ):
             raise EvenbitsError(
                 f"static activations have one scale per tensor, such as 'int8:tensor'; given {self.input_activations}. "
