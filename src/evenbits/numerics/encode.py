@@ -25,6 +25,7 @@ from evenbits.numerics.qtensor import QTensor
 from evenbits.numerics.ranges import find_range
 from evenbits.numerics.search import Block, round_scale, search_released, search_scale
 
+_SLICE = 1 << 20  # elements packed at once
 _ENCODABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -149,12 +150,32 @@ def _blocks(x_RK: torch.Tensor, fmt: Format, importance: torch.Tensor | None) ->
 
 
 def _packed(x_RK: torch.Tensor, solved: _Solved, policy: str, importance: torch.Tensor | None) -> torch.Tensor:
-    fmt, columns = solved.fmt, x_RK.shape[1]
-    scale = fmt.granularity.spread(scales.real(solved.scale, solved.factor), columns)
+    """The bytes of the whole matrix, a slice of rows at a time: what is needed beside it stays small."""
+    step = max(1, _SLICE // x_RK.shape[1])
+    real = scales.real(solved.scale, solved.factor)
+    parts = []
+    for start in range(0, len(x_RK), step):
+        rows = slice(start, start + step)
+        scale = real if solved.fmt.granularity.kind == "tensor" else real[rows]
+        kinds = None if solved.kinds is None else solved.kinds[rows]
+        parts.append(_packed_rows(x_RK[rows], solved.fmt, scale, kinds, policy, importance))
+    return torch.cat(parts)
+
+
+def _packed_rows(
+    x_RK: torch.Tensor,
+    fmt: Format,
+    scale: torch.Tensor,
+    kinds: torch.Tensor | None,
+    policy: str,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    columns = x_RK.shape[1]
+    scale = fmt.granularity.spread(scale, columns)
     if isinstance(fmt.dtype, QDtype):
         return pack(to_codes(x_RK, scale, None, fmt), fmt.dtype.bits)
     u_RK = (x_RK / scale).float()
-    if solved.kinds is None:
+    if kinds is None:
         return elements.pack_values(elements.snap(u_RK, fmt.dtype, policy, importance), fmt.dtype)
     assert isinstance(fmt.dtype, PairType)
     plain, flint = (
@@ -162,7 +183,7 @@ def _packed(x_RK: torch.Tensor, solved: _Solved, policy: str, importance: torch.
         for member in (fmt.dtype.with_kind(kind) for kind in fmt.dtype.choices)
     )
     # Groups have an even size, so a byte belongs to one group.
-    return torch.where(fmt.granularity.spread(solved.kinds, columns)[:, ::2], flint, plain)
+    return torch.where(fmt.granularity.spread(kinds, columns)[:, ::2], flint, plain)
 
 
 def _affine(x_RK: torch.Tensor, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
@@ -205,7 +226,8 @@ def _check_encodable(x: torch.Tensor) -> None:
         )
     if x.numel() == 0:
         raise EvenbitsError(f"a tensor without elements cannot be encoded; given shape {list(x.shape)}.")
-    if not bool(torch.isfinite(x).all()):
+    lowest, highest = torch.aminmax(x)  # a NaN anywhere shows in both; no copy of x
+    if not bool(lowest.isfinite() & highest.isfinite()):
         bad = int((~torch.isfinite(x)).sum())
         raise EvenbitsError(f"{bad} of {x.numel()} values are NaN or infinite; mend the tensor before quantizing it.")
     if x.dtype == torch.float64 and float(x.abs().max()) > torch.finfo(torch.float32).max:

@@ -88,7 +88,8 @@ class Block:
 
     def absmax(self) -> torch.Tensor:
         """The largest magnitude of each group: [R, G], or [1, 1] if shared."""
-        value = self.x_RGg.abs().amax(dim=(0, 1, 2) if self.shared else (2,))
+        dims = (0, 1, 2) if self.shared else (2,)
+        value = torch.maximum(self.x_RGg.amax(dim=dims), -self.x_RGg.amin(dim=dims))  # no copy of x
         return value.reshape(1, 1) if self.shared else value
 
     def base(self, fmt: Format) -> torch.Tensor:
@@ -97,9 +98,14 @@ class Block:
         if not isinstance(fmt.dtype, PairType):
             return torch.ones_like(top)
         # Divided first: squares of what is below 1e-23 are zero in float32.
-        relative = (self.x_RGg / _or_one(top).unsqueeze(-1)).square_()
-        value = 3 * relative.mean(dim=(0, 1, 2) if self.shared else (2,)).sqrt()
-        return value.reshape(1, 1) if self.shared else value
+        divisor, step = _or_one(top).unsqueeze(-1), max(1, _SLICE // self.x_RGg[0].numel())
+        means = [
+            (part / (divisor if self.shared else divisor[start : start + step])).square_().mean(dim=2)
+            for start in range(0, len(self.x_RGg), step)
+            for part in [self.x_RGg[start : start + step]]
+        ]
+        mean = torch.cat(means)
+        return 3 * (mean.mean(dim=(0, 1), keepdim=True) if self.shared else mean).sqrt()
 
 
 def _or_one(top: torch.Tensor) -> torch.Tensor:
