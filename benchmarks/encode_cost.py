@@ -2,8 +2,7 @@
 
     python benchmarks/encode_cost.py [--format ovp4:row] [--threads 2] [--layers 12]
 
-Extra memory is the rise of the process's peak (VmHWM) while one layer is encoded, over that layer's float32 bytes, for the
-largest layer.
+Extra memory is the rise of the process's peak (VmHWM) while the largest layer is encoded, over its float32 bytes.
 """
 
 from __future__ import annotations
