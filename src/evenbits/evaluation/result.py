@@ -33,12 +33,17 @@ class Evaluation:
         """Everything but the items, as plain JSON values; a number that is not finite becomes None."""
         return {
             "task": self.task,
-            "metrics": {name: _finite(value) for name, value in self.metrics.items()},
+            "metrics": finite(self.metrics),
             "n": self.n,
-            "interval": None if self.interval is None else [_finite(end) for end in self.interval],
+            "interval": finite(self.interval),
             "notes": list(self.notes),
         }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite(value: Any) -> Any:
+    """Plain data with infinite and NaN figures as None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value

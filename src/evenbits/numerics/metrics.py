@@ -11,6 +11,8 @@ import torch
 
 from evenbits.errors import EvenbitsError
 
+_SLICE = 1 << 20  # elements added up at once
+
 
 class RunningError:
     """Running sums of one reference/approximation pair; every metric is a property."""
@@ -26,7 +28,12 @@ class RunningError:
             raise EvenbitsError(
                 f"metrics compare equal shapes; given {list(reference.shape)} and {list(approximation.shape)}."
             )
-        ref, approx = reference.detach().double().flatten(), approximation.detach().double().flatten()
+        # In slices: float64 copies of a whole layer would be six times the layer.
+        slices = (tensor.detach().flatten().split(_SLICE) for tensor in (reference, approximation))
+        for ref, approx in zip(*slices, strict=True):
+            self._add(ref.double(), approx.double())
+
+    def _add(self, ref: torch.Tensor, approx: torch.Tensor) -> None:
         error = approx - ref
         self.count += ref.numel()
         self.signal += float(ref.dot(ref))

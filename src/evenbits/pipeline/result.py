@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from evenbits.evaluation.result import finite
 from evenbits.numerics.pair_statistics import PairStatistics
 from evenbits.numerics.search import SearchCost
 
@@ -68,13 +68,5 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; infinite and absent figures are null."""
-        plain: dict[str, Any] = _finite(asdict(self))
+        plain: dict[str, Any] = finite(asdict(self))
         return plain
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from evenbits.checkpoints.sources import open_model
 from evenbits.errors import EvenbitsError
 from evenbits.evaluation.paired import paired
-from evenbits.evaluation.result import Evaluation
+from evenbits.evaluation.result import Evaluation, finite
 from evenbits.evaluation.tasks import evaluate
 from evenbits.pipeline.calibration import calibration
 from evenbits.pipeline.methods import Methods, default_method
@@ -47,7 +47,8 @@ class Table:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; infinite figures (a perplexity) are null."""
-        return {**asdict(self), "rows": [_finite(asdict(row)) for row in self.rows]}
+        plain: dict[str, Any] = finite(asdict(self))
+        return plain
 
 
 def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Callable[[str], None]) -> Table:
@@ -81,10 +82,6 @@ def _run(recipe: Recipe, run: RecipeRun, model: str, data: Path) -> tuple[Evalua
     result = quantize(source.model, scheme=run.scheme, method=method, data=batches, progress=True, **dict(run.options))
     evaluation = _below(data, recipe.evaluation)
     return evaluate(source.model, task=recipe.task, data=evaluation, tokenizer=source.tokenizer), result
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(x, float) and not isfinite(x) else x for key, x in row.items()}
 
 
 def _below(data: Path, name: str) -> str:
