@@ -14,6 +14,7 @@ from evenbits.errors import EvenbitsError, unknown_name
 
 ALGORITHMS: dict[str, str] = {
     "ant": "evenbits.algorithms.ant:ant",
+    "by_format": "evenbits.algorithms.by_format:by_format",
     "olive": "evenbits.algorithms.olive:olive",
     "repair": "evenbits.algorithms.repair:repair",
     "rtn": "evenbits.algorithms.rtn:rtn",

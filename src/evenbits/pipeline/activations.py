@@ -24,13 +24,20 @@ def activation_quantizers(
     model: nn.Module, plans: list[LayerPlan], scheme: Scheme, balanced: Balanced, watched: Watched | None
 ) -> dict[str, ActivationQuantizer | None]:
     """The input quantizer of every planned layer; None where inputs stay float."""
-    fmt = scheme.input_activations
-    if fmt is None or scheme.dynamic or watched is None:
-        shared = None if fmt is None else ActivationQuantizer(fmt)
-        return dict.fromkeys((plan.name for plan in plans), shared)
-    if fmt.rule.range == "minmax" and not isinstance(fmt.dtype, (PairType, TypeChoice)):
-        return {plan.name: _spanning(fmt, watched.ranges[plan.name], balanced.scales.get(plan.name)) for plan in plans}
-    return _searched(model, plans, fmt, balanced, watched)
+    found: dict[str, ActivationQuantizer | None] = {}
+    searched: dict[str, Format] = {}
+    for plan in plans:
+        formats = scheme.of(plan.name)
+        fmt = formats.input_activations
+        if fmt is None or formats.dynamic or watched is None:
+            found[plan.name] = None if fmt is None else ActivationQuantizer(fmt)
+        elif fmt.rule.range == "minmax" and not isinstance(fmt.dtype, (PairType, TypeChoice)):
+            found[plan.name] = _spanning(fmt, watched.ranges[plan.name], balanced.scales.get(plan.name))
+        else:
+            searched[plan.name] = fmt
+    if searched and watched is not None:
+        found |= _searched(model, [plan for plan in plans if plan.name in searched], searched, balanced, watched)
+    return found
 
 
 def _spanning(fmt: Format, ranges: ChannelRange, scale_I: torch.Tensor | None) -> ActivationQuantizer:
@@ -42,11 +49,11 @@ def _spanning(fmt: Format, ranges: ChannelRange, scale_I: torch.Tensor | None) -
 
 
 def _searched(
-    model: nn.Module, plans: list[LayerPlan], fmt: Format, balanced: Balanced, watched: Watched
+    model: nn.Module, plans: list[LayerPlan], formats: dict[str, Format], balanced: Balanced, watched: Watched
 ) -> dict[str, ActivationQuantizer | None]:
     """Two more passes over the kept batches: deviations first, then every candidate's error."""
     kinds = {plan.name: plan for plan in plans}
-    searches = {name: ScaleSearch(fmt) for name in kinds}
+    searches = {name: ScaleSearch(formats[name]) for name in kinds}
 
     def balanced_input(name: str, x: torch.Tensor) -> torch.Tensor:
         x = balanced.seen(name, x)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from evenbits import algorithms
+from evenbits.algorithms.by_format import weight_method_of
 from evenbits.errors import EvenbitsError, unknown_name
-from evenbits.numerics.elements import PairType, TypeChoice
-from evenbits.schemes.scheme import Scheme
+from evenbits.schemes.scheme import LayerFormats, Scheme
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,19 @@ class Methods:
 
 
 def default_method(scheme: Scheme) -> str:
-    """The method that suits a scheme when none is named."""
-    if isinstance(scheme.weights.dtype, PairType):
-        return "olive"
-    if isinstance(scheme.weights.dtype, TypeChoice):
-        return "ant"
-    activations = scheme.input_activations
-    return "smoothquant" if activations is not None and activations.dtype.bits == 8 else "rtn"
+    """The method that suits a scheme when none is named. Where overrides put pairs or a choice of types beside other
+    formats it is `by_format`: each layer by its own format, and no smoothing."""
+    found = {_suited(formats) for formats in scheme.formats}
+    if len(found) == 1:
+        return found.pop()
+    return "by_format" if found & {"olive", "ant"} else "smoothquant"
+
+
+def _suited(formats: LayerFormats) -> str:
+    method = weight_method_of(formats.weights)
+    activations = formats.input_activations
+    smoothed = method == "rtn" and activations is not None and activations.dtype.bits == 8
+    return "smoothquant" if smoothed else method
 
 
 def _names(function: Any) -> list[str]:

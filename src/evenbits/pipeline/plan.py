@@ -9,7 +9,8 @@ with two or more dimensions gets a line of its own: embeddings, fused expert wei
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import torch
 from torch import nn
@@ -61,14 +62,35 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def plan_layers(model: nn.Module, scheme: Scheme) -> list[LayerPlan]:
-    """A line for every layer and every other matrix, in model order. Raises EvenbitsError for non-finite parameters."""
+    """A line for every layer and every other matrix, in model order.
+
+    Raises EvenbitsError for non-finite parameters, and for an override of the scheme that is no layer's.
+    """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise EvenbitsError(f"parameter {name} holds NaN or infinite values; mend the model before quantizing it.")
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    return list(_lines(model, scheme, owners))
+    plans = list(_lines(model, scheme, owners))
+    _check_overrides(plans, scheme)
+    return plans
+
+
+def _check_overrides(plans: list[LayerPlan], scheme: Scheme) -> None:
+    """An override that decides for no layer was meant for one: its name is misspelt, or one before it took them all."""
+    layers = [plan.name for plan in plans if plan.kind in ("Linear", "Conv2d", "Conv1D")]
+    used = {scheme.override_of(name) for name in layers}
+    for pattern, formats in scheme.overrides:
+        if pattern in used:
+            continue
+        if any(replace(scheme, overrides=((pattern, formats),)).override_of(name) for name in layers):
+            raise EvenbitsError(
+                f"the override {pattern!r} is never reached: every layer it matches is taken by an override before it. "
+                "The first one that matches decides; put it first."
+            )
+        nearest = ", ".join(get_close_matches(pattern, layers, n=3, cutoff=0.0)) or "none"
+        raise EvenbitsError(f"the override {pattern!r} matches no layer of the model; the nearest names: {nearest}.")
 
 
 def _lines(model: nn.Module, scheme: Scheme, owners: dict[int, list[str]]) -> Iterator[LayerPlan]:

@@ -25,7 +25,7 @@ from evenbits.nn.conv import QConv2d
 from evenbits.nn.qat import QATConv2d, QATLayer, QATLinear
 from evenbits.nn.replace import replace_modules
 from evenbits.pipeline.plan import LayerPlan, kind_of, plan_layers, weight_OI
-from evenbits.schemes.scheme import Scheme, resolve
+from evenbits.schemes.scheme import LayerFormats, Scheme, resolve
 
 
 def prepare_qat(model: nn.Module, scheme: str | Path | Mapping[str, Any] | Scheme) -> list[str]:
@@ -51,7 +51,7 @@ def prepare_qat(model: nn.Module, scheme: str | Path | Mapping[str, Any] | Schem
     twins = {}
     for plan in chosen:
         try:
-            twins[plan.name] = _twin(model.get_submodule(plan.name), scheme)
+            twins[plan.name] = _twin(model.get_submodule(plan.name), scheme.of(plan.name))
         except EvenbitsError as error:
             raise EvenbitsError(f"layer {plan.name}: {error}") from error
     replace_modules(model, twins)
@@ -85,9 +85,8 @@ def _without_fused(model: nn.Module, plan: LayerPlan) -> LayerPlan:
     return replace(plan, reason="nn.TransformerEncoderLayer reads its weight directly in evaluation")
 
 
-def _twin(module: nn.Module, scheme: Scheme) -> QATLayer:
-    formats = scheme.input_activations
-    activation = None if formats is None else ActivationQuantizer(formats)
+def _twin(module: nn.Module, formats: LayerFormats) -> QATLayer:
+    activation = None if formats.input_activations is None else ActivationQuantizer(formats.input_activations)
     weight = module.get_parameter("weight")
     if kind_of(module) == "Conv1D":  # stored as [I, O]
         weight = nn.Parameter(weight_OI(module).contiguous().clone(), requires_grad=weight.requires_grad)
@@ -95,7 +94,7 @@ def _twin(module: nn.Module, scheme: Scheme) -> QATLayer:
     twin: QATLayer
     if isinstance(module, nn.Conv2d):
         geometry = QConv2d.geometry_of(module)
-        twin = QATConv2d(weight, bias, scheme.weights, activation, dynamic=scheme.dynamic, geometry=geometry)
+        twin = QATConv2d(weight, bias, formats.weights, activation, dynamic=formats.dynamic, geometry=geometry)
     else:
-        twin = QATLinear(weight, bias, scheme.weights, activation, dynamic=scheme.dynamic)
+        twin = QATLinear(weight, bias, formats.weights, activation, dynamic=formats.dynamic)
     return twin.train(module.training)

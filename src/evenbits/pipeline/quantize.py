@@ -51,7 +51,8 @@ def quantize(
 
     scheme:  a preset ("W8A8", "W8A8_STATIC", …), a file, a mapping or a Scheme.
     method:  a name of `ALGORITHMS`, or several joined by "+" (a balance method and a weight method). By default what
-             suits the scheme: olive for pairs, ant for a choice of types, smoothquant for int8 activations, else rtn.
+             suits the scheme: olive for pairs, ant for a choice of types, smoothquant for int8 activations, else rtn;
+             by_format (layer by layer, nothing smoothed) if layers have pairs or a choice beside other formats.
     data:    calibration batches: any iterable of tensors, tuples of arguments or mappings of keyword arguments.
              Balance methods and static activations need it; with it, each layer's output error is measured too.
     options: passed to the methods, such as alpha=0.5.
@@ -62,12 +63,13 @@ def quantize(
     """
     start = time.perf_counter()
     scheme = resolve(scheme)
-    check_formats(scheme.weights, scheme.input_activations)
+    for formats in scheme.formats:
+        check_formats(formats.weights, formats.input_activations)
     method = default_method(scheme) if method is None else method
     methods = Methods.parse(method, options)
     _refuse_quantized(model)
     plans = plan_layers(model, scheme)
-    static = scheme.input_activations is not None and not scheme.dynamic
+    static = any(formats.static for formats in scheme.formats)
     if data is None and (static or methods.balance is not None):
         what = "static activations need" if static else f"method {method!r} needs"
         raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")

@@ -109,7 +109,7 @@ def _calibration(
     length: int,
     batch_size: int,
 ) -> Calibration | None:
-    static = scheme.input_activations is not None and not scheme.dynamic
+    static = any(formats.static for formats in scheme.formats)
     if spec is None and source.tokenizer is None and methods.balance is None and not static:
         return None
     return open_calibration(spec, source.model, source.tokenizer, samples=samples, length=length, batch_size=batch_size)

@@ -86,7 +86,7 @@ def _layer(
     weight = weight_OI(module)[rows_O].float()
     weight = weight if scale_I is None else weight * scale_I.to(weight.device)
     weight = weight if perm_I is None else weight[:, perm_I.to(weight.device)]
-    quantized = methods.weight(weight, scheme.weights, stats, **methods.weight_options)
+    quantized = methods.weight(weight, scheme.of(plan.name).weights, stats, **methods.weight_options)
     multiplier = None if scale_I is None or plan.name not in balanced.multiplied else scale_I.reciprocal()
     bias = getattr(module, "bias", None)
     bias = None if bias is None else bias[rows_O]

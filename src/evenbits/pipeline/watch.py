@@ -46,10 +46,9 @@ def watch(
     flow, bare = trace(model, first, dims), trace(model, first, (), hooks=False)
     open_plans = [plan for plan in plans if not plan.reason]
     blocked = outside_readers(flow, open_plans) | unwatched_readers(flow, bare, open_plans)
-    layers = {plan.name: scheme.weights for plan in open_plans if plan.name not in blocked}
+    layers = {plan.name: scheme.of(plan.name).weights for plan in open_plans if plan.name not in blocked}
     blocked |= rehearse(model, layers, first)
-    if scheme.input_activations is not None and not scheme.dynamic:
-        unseen = dict.fromkeys(dims, "did not run on the calibration data: no activation scale")
-        blocked |= {name: reason for name, reason in unseen.items() if not ranges[name].seen}
+    unseen = dict.fromkeys(dims, "did not run on the calibration data: no activation scale")
+    blocked |= {name: reason for name, reason in unseen.items() if scheme.of(name).static and not ranges[name].seen}
     plans = [replace(plan, reason=plan.reason or blocked.get(plan.name, "")) for plan in plans]
     return plans, Watched(flow, ranges, batches, moments or {})
