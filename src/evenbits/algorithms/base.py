@@ -1,7 +1,7 @@
 """The three kinds of method, as signatures.
 
 weight method     f(weight_OI, format, stats, **options) -> QTensor
-balance method    f(act_stats, weights, *, loss=None, **options) -> Rebalance     per region
+balance method    f(act_absmax_I, weights_RI, *, loss=None, **options) -> Rebalance     per region
 activation rule   f(act_stats, format) -> ActivationQuantizer
 
 A decorator marks the kind and names the statistics that calibration must collect (`needs`). O: out, I: in.
@@ -58,14 +58,15 @@ def weight_method(*, needs: frozenset[str] = frozenset(), uses: frozenset[str] =
     return _mark("weight", needs, uses)
 
 
-def balance_method(*, needs: frozenset[str] = frozenset({"absmax"})) -> Callable[[_F], _F]:
-    """Marks a balance method."""
-    return _mark("balance", needs, frozenset())
+def balance_method(*, needs: frozenset[str] = frozenset({"absmax"}), permutes: bool = False) -> Callable[[_F], _F]:
+    """Marks a balance method. permutes: it gives orders of channels, not scales."""
+    return _mark("balance", needs, frozenset(), permutes)
 
 
-def _mark(kind: str, needs: frozenset[str], uses: frozenset[str]) -> Callable[[_F], _F]:
+def _mark(kind: str, needs: frozenset[str], uses: frozenset[str], permutes: bool = False) -> Callable[[_F], _F]:
     def mark(function: _F) -> _F:
         function.kind, function.needs, function.uses = kind, needs, uses  # type: ignore[attr-defined]
+        function.permutes = permutes  # type: ignore[attr-defined]
         return function
 
     return mark

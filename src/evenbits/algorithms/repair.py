@@ -30,7 +30,7 @@ from evenbits.algorithms.base import Rebalance, balance_method
 from evenbits.errors import EvenbitsError
 
 
-@balance_method()
+@balance_method(permutes=True)
 def repair(
     act_absmax_I: torch.Tensor,
     weights_OI: Sequence[torch.Tensor],

@@ -3,13 +3,14 @@
 The proof is numeric and sharp. Every fold is tried with shuffled powers of two as factors (none of them 1), while a
 hook on each reading layer multiplies its input back. Powers of two scale floating-point numbers exactly, so a legal
 fold gives the output of the untouched model to the last bit (norms written as 1 + w, to rounding); a reader that the
-trace missed, a wrong axis or a hidden second use gives an error of the order of the output itself. A fold that fails is
-dropped and its region is served by an explicit multiply.
+trace missed, a wrong axis or a hidden second use gives an error of the order of the output itself. That is sharper than
+a comparison in float64, and needs no float64 copy of the model. A fold that fails is dropped and its region is served
+by an explicit multiply.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from evenbits.graph.regions import Producer, Region
+from evenbits.graph.regions import Region
+from evenbits.nn.layout import Layout
 
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _STORED = 2.0**-8  # relative error a folded gain may have after rounding to its parameter's type: bfloat16's own
@@ -25,66 +27,106 @@ _EXPONENTS = (-2, 1, 2, -1)
 
 
 class Fold:
-    """One region's fold: divides the producer's gain (and shift) by s, and can take it back bit for bit."""
+    """One region's fold: divides its sources by s and multiplies the further readers; taken back bit for bit."""
 
-    def __init__(self, model: nn.Module, producer: Producer) -> None:
-        self._producer = producer
-        self._gain = model.get_parameter(producer.gain)
-        self._shift = None if producer.shift is None else model.get_parameter(producer.shift)
+    def __init__(self, model: nn.Module, region: Region) -> None:
+        self._model, self._region = model, region
         self._saved: list[tuple[nn.Parameter, torch.Tensor]] = []
 
-    def loses(self, scale_I: torch.Tensor) -> bool:
-        """Whether the divided gain or shift cannot be stored: overflow in float16, cancellation in 1 + w."""
-        for parameter, add in self._parts():
-            wanted = (parameter.detach().double() + add) / scale_I.to(parameter.device, torch.float64)
-            stored = (wanted - add).to(parameter.dtype).double() + add
-            if not bool(((stored - wanted).abs() <= _STORED * wanted.abs()).all()):
+    def row_factors(self, scale_S: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the rows of each producing layer are multiplied by: float64 [O]. scale_S: the region's s, [width]."""
+        parts = [part for part in self._region.parts if part.source.rows]
+        return {part.source.name: _factors_at(scale_S, part.index_C).reciprocal() for part in parts}
+
+    def loses(self, scale_S: torch.Tensor) -> bool:
+        """Whether a divided parameter cannot be stored: overflow in float16, cancellation in 1 + w."""
+        for parameter, factor, offset in self._changes(scale_S, ()):
+            wanted = (parameter.detach().double() + offset) * factor.to(parameter.device)
+            stored = (wanted - offset).to(parameter.dtype).double() + offset
+            # Of a matrix only overflow counts: its small numbers are rounded like all others.
+            close = stored.isfinite() if parameter.ndim > 1 else (stored - wanted).abs() <= _STORED * wanted.abs()
+            if not bool(close.all()):
                 return True
         return False
 
-    def _parts(self) -> list[tuple[nn.Parameter, float]]:
-        shift = [] if self._shift is None else [(self._shift, 0.0)]
-        return [(self._gain, self._producer.offset), *shift]
-
-    def apply(self, scale_I: torch.Tensor) -> None:
-        """Divides the tensor this producer computes by scale_I [I], in place."""
-        for parameter, add in self._parts():
+    def apply(self, scale_S: torch.Tensor, *, without: Collection[str] = ()) -> None:
+        """Divides what the sources compute by s, in place; layers named in `without` are left as they are."""
+        for parameter, factor, offset in self._changes(scale_S, without):
             self._saved.append((parameter, parameter.detach().clone()))
-            scale = scale_I.to(parameter.device, torch.float64)
-            parameter.data.copy_((parameter.data.double() + add) / scale - add)
+            factor = factor.to(parameter.device)
+            parameter.data.copy_((parameter.data.double() + offset) * factor - offset)
 
     def undo(self) -> None:
-        """Restores the parameters exactly as they were before the last `apply`."""
+        """Restores the parameters exactly as they were before the first `apply`."""
         for parameter, before in reversed(self._saved):
             parameter.data.copy_(before)
         self._saved.clear()
 
+    def _changes(
+        self, scale_S: torch.Tensor, without: Collection[str]
+    ) -> list[tuple[nn.Parameter, torch.Tensor, float]]:
+        """Parameters, float64 factors that broadcast to them, and offsets: (p + offset) is multiplied."""
+        found: list[tuple[nn.Parameter, torch.Tensor, float]] = []
+        for part in self._region.parts:
+            source, factor = part.source, _factors_at(scale_S, part.index_C).reciprocal()
+            if not source.rows:
+                parameter = self._model.get_parameter(source.name)
+                found.append((parameter, factor.view(parameter.shape), source.offset))
+            elif source.name not in without:
+                found += [(p, f, 0.0) for p, f in self._rows(source.name, factor)]
+        for name, index_I in self._region.compensated.items():
+            if name not in without:
+                weight = self._model.get_submodule(name).get_parameter("weight")
+                columns = self._region.layouts[name].mount_inputs(_factors_at(scale_S, index_I), weight.ndim)
+                found.append((weight, columns, 0.0))
+        return found
+
+    def _rows(self, name: str, factor_O: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        module = self._model.get_submodule(name)
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        rows = [(weight, self._region.layouts[name].mount_outputs(factor_O, weight.ndim))]
+        return rows if bias is None else [*rows, (bias, factor_O)]
+
+
+def _factors_at(scale_S: torch.Tensor, index_C: torch.Tensor) -> torch.Tensor:
+    """s of each channel in float64; 1 where the channel is not the region's."""
+    scale = scale_S.detach().cpu().double()[index_C.clamp(min=0)]
+    return torch.where(index_C >= 0, scale, 1.0)
+
 
 def prove(
-    model: nn.Module, runs: Sequence[Callable[[], Any]], folds: Sequence[tuple[Region, Fold]], *, seed: int = 0
+    model: nn.Module,
+    runs: Sequence[Callable[[], Any]],
+    regions: Sequence[Region],
+    *,
+    narrowest: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> dict[str, str]:
     """Tries the folds on real forwards. Returns {region name: reason} for those that are not legal; parameters are as
     before.
 
-    runs: forwards of `model`, each on one calibration batch.
+    runs: forwards of `model`, each on one calibration batch; narrowest: the least precise type inside it (a model may
+    be float64 and compute its norms in float32).
     """
-    if not folds:
+    regions = [region for region in regions if region.parts]
+    if not regions:
         return {}
     references = [float_outputs(run()) for run in runs]
     for run, reference in zip(runs, references, strict=True):
         if not reference or not outputs_equal(reference, float_outputs(run())):
             reason = "cannot be proved: the model's output is not repeatable"
-            return {region.name: reason for region, _ in folds}
-    if _holds(model, runs, references, folds, seed):
+            return {region.name: reason for region in regions}
+    limit = _TOLERANCE.get(narrowest, 1e-5)
+    if _holds(model, runs, references, regions, seed, limit):
         return {}
     failed = {
         region.name: "the fold changed the output when tried"
-        for region, fold in folds
-        if not _holds(model, runs, references, [(region, fold)], seed)
+        for region in regions
+        if not _holds(model, runs, references, [region], seed, limit)
     }
-    rest = [(region, fold) for region, fold in folds if region.name not in failed]
-    if rest and not _holds(model, runs, references, rest, seed):
-        failed |= {region.name: "folds changed the output when tried together" for region, _ in rest}
+    rest = [region for region in regions if region.name not in failed]
+    if rest and not _holds(model, runs, references, rest, seed, limit):
+        failed |= {region.name: "folds changed the output when tried together" for region in rest}
     return failed
 
 
@@ -92,20 +134,18 @@ def _holds(
     model: nn.Module,
     runs: Sequence[Callable[[], Any]],
     references: Sequence[list[torch.Tensor]],
-    folds: Sequence[tuple[Region, Fold]],
+    regions: Sequence[Region],
     seed: int,
+    limit: float,
 ) -> bool:
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        for region, fold in folds:
-            factors = _factors(region.width, generator)
+        for region in regions:
+            scale_S, fold = _factors(region.width, generator), Fold(model, region)
             stack.callback(fold.undo)
-            fold.apply(factors)
-            for name in region.layers:
-                hook = _multiply_by(factors)
-                handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-        return all(outputs_equal(ref, float_outputs(run())) for run, ref in zip(runs, references, strict=True))
+            fold.apply(scale_S)
+            stack.enter_context(multiplied_inputs(model, region, scale_S))
+        return all(outputs_equal(ref, float_outputs(run()), limit) for run, ref in zip(runs, references, strict=True))
 
 
 def _factors(width: int, generator: torch.Generator) -> torch.Tensor:
@@ -116,11 +156,23 @@ def _factors(width: int, generator: torch.Generator) -> torch.Tensor:
     return torch.exp2(torch.tensor(_EXPONENTS, dtype=torch.float32)[order % len(_EXPONENTS)])
 
 
-def _multiply_by(factors_I: torch.Tensor) -> Callable[..., Any]:
+def multiplied_inputs(model: nn.Module, region: Region, scale_S: torch.Tensor) -> ExitStack:
+    """While the returned context is open, the input of each of the region's layers is multiplied by its s."""
+    stack = ExitStack()
+    for name, index_I in region.index.items():
+        hook = _multiply_by(scale_S[index_I], region.layouts[name])
+        handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        stack.callback(handle.remove)
+    return stack
+
+
+def _multiply_by(factors_I: torch.Tensor, layout: Layout) -> Callable[..., Any]:
     """A hook that multiplies the one tensor a layer is called with, given by position or by keyword."""
 
     def multiplied(value: Any) -> Any:
-        return value * factors_I.to(value.device, value.dtype) if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value * layout.on_activation(factors_I.to(value.device, value.dtype), value.ndim)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
@@ -137,8 +189,8 @@ def float_outputs(output: Any) -> list[torch.Tensor]:
     return [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
-def outputs_equal(reference: list[torch.Tensor], output: list[torch.Tensor]) -> bool:
-    """Whether two outputs are the same but for rounding in their type."""
+def outputs_equal(reference: list[torch.Tensor], output: list[torch.Tensor], tolerance: float = 0.0) -> bool:
+    """Whether two outputs are the same but for rounding in their type, or a larger relative tolerance."""
     if len(reference) != len(output):
         return False
     for before, after in zip(reference, output, strict=True):
@@ -149,7 +201,7 @@ def outputs_equal(reference: list[torch.Tensor], output: list[torch.Tensor]) -> 
         if not bool(changed.any()):
             continue
         before, after = before[changed], after[changed]
-        limit = _TOLERANCE.get(before.dtype, 1e-5) * float(before.abs().max())
+        limit = max(tolerance, _TOLERANCE.get(before.dtype, 1e-5)) * float(before.abs().max())
         if not float((before - after).abs().max()) <= limit:
             return False
     return True

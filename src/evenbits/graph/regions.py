@@ -1,12 +1,9 @@
-"""Regions: one tensor and everything that reads it.
+"""Regions: one tensor and everything that reads it, or several tensors that must be scaled alike.
 
-A layer's input is followed back through views and copies to the value where it was computed. Layers that read the same
-value belong to one region and must be smoothed with one s. A layer that ran several times on different values joins
-their regions. A region may be folded into its producer only if the trace shows that
-
-    * one operation computed the value and multiplied it by a per-channel parameter (a norm's gain) used nowhere else,
-    * every reader of the value is a layer of the region,
-    * the value is not written in place and does not leave the model.
+Layers that read the same tensor, and a layer's own several inputs, must be smoothed with one s: they are a region. It
+can be folded if every channel of it is the free variable of sources that can be changed (channels.py): gains and biases
+of norms, rows of matrix layers. Then all layers that share a variable belong together, through residual additions and
+concatenations, and every layer that reads such a channel is scaled back, quantized or not.
 
 Anything else is a reason, kept as text: the region is then served by an explicit multiply.
 """
@@ -14,55 +11,80 @@ Anything else is a reason, kept as text: the region is then served by an explici
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
+from evenbits.graph.channels import ChannelFlow
 from evenbits.graph.trace import Op, Ref, Trace
+from evenbits.graph.variables import Source
+from evenbits.nn.layout import Layout
 
 
-@dataclass(frozen=True)
-class Producer:
-    """Parameters (by name) that carry the value's per-channel gain: dividing them by s divides the value by s.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A source of a region: its channel i is divided by s[index_C[i]], where index_C[i] is not −1."""
 
-    gain: the multiplier, used as (offset + gain) (offset 1 for norms written as 1 + w); shift: the added bias, or None.
-    """
-
-    gain: str
-    shift: str | None
-    offset: float
+    source: Source
+    index_C: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Region:
-    """Layers that read one tensor of `width` channels; `producer` if the trace allows a fold, else `reason`."""
+    """Layers that are smoothed with one s of `width` channels.
+
+    index: layer → int64 [I], which of the `width` channels each of its input channels is.
+    parts: where s can be folded in; empty if it cannot, for the `reason`.
+    compensated: further layers (not to be quantized) that read the same channels, with their index (−1: another).
+    layouts: of every layer that is named here.
+    """
 
     layers: tuple[str, ...]
     width: int
-    producer: Producer | None
-    reason: str
-    name: str = field(init=False)
+    index: Mapping[str, torch.Tensor]
+    layouts: Mapping[str, Layout]
+    parts: tuple[Part, ...] = ()
+    compensated: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    reason: str = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", _joined(self.layers))
+    @property
+    def name(self) -> str:
+        return joined(self.layers)
+
+    @property
+    def into(self) -> str:
+        """What it is folded into, in words."""
+        rows = [part.source.name for part in self.parts if part.source.rows]
+        gains = dict.fromkeys(part.source.name.rpartition(".")[0] for part in self.parts if not part.source.rows)
+        words = [joined(gains)] if gains else []
+        return " and ".join([*words, f"the rows of {joined(rows)}"] if rows else words)
 
 
 def find_regions(trace: Trace, widths: Mapping[str, int]) -> list[Region]:
     """Regions of the layers in `widths` (name → input channels) that ran in `trace`, in order of first use."""
-    roots = {name: {trace.root(value) for value in trace.calls.get(name, [])} for name in widths}
-    regions: list[Region] = []
-    for names, values in _components({name: values for name, values in roots.items() if values}):
-        width = widths[names[0]]
-        if len(values) > 1:
-            reason = "a layer of it reads several tensors (it runs more than once)"
-            regions.append(Region(names, width, None, reason))
-            continue
-        producer, reason = _producer(trace, next(iter(values)), set(names), width)
-        regions.append(Region(names, width, producer, reason))
-    return regions
+    flow = trace.flow
+    groups = _same_tensor(trace, {name: trace.calls[name] for name in trace.calls if name in widths})
+    reasons = _reasons(trace, groups)
+    free = [group for group in groups if not reasons[group]]
+    found = _joined_by_channels(flow, free)
+    found += [_multiplied(trace, group, widths, reasons[group]) for group in groups if reasons[group]]
+    order = {name: position for position, name in enumerate(trace.calls)}
+    return sorted(found, key=lambda region: order[region.layers[0]])
 
 
-def _components(roots: Mapping[str, set[int]]) -> list[tuple[tuple[str, ...], set[int]]]:
-    found: list[tuple[list[str], set[int]]] = []
+def _same_tensor(trace: Trace, calls: Mapping[str, list[int]]) -> list[tuple[str, ...]]:
+    """Layers in groups: those that read one tensor."""
+    roots = {}
+    for name, values in calls.items():
+        spatial = name in trace.flow.layers and trace.flow.layers[name].spatial > 0
+        roots[name] = {(trace.root(value, whole=spatial), spatial) for value in values}
+    return [names for names, _ in components(roots)]
+
+
+def components(roots: Mapping[str, set[tuple[int, bool]]]) -> list[tuple[tuple[str, ...], set[tuple[int, bool]]]]:
+    """Names whose sets touch, directly or through others, with the union of their sets; in order of first use."""
+    found: list[tuple[list[str], set[tuple[int, bool]]]] = []
     for name, values in roots.items():
         touching = [component for component in found if component[1] & values]
         merged = ([n for c in touching for n in c[0]] + [name], set(values).union(*(c[1] for c in touching)))
@@ -72,22 +94,85 @@ def _components(roots: Mapping[str, set[int]]) -> list[tuple[tuple[str, ...], se
     return [(tuple(names), values) for names, values in found]
 
 
-def _producer(trace: Trace, value: int, layers: set[str], width: int) -> tuple[Producer | None, str]:
+def _reasons(trace: Trace, groups: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Why each group cannot be folded, "" if it can. What cannot be folded fixes what it shares with others."""
+    flow, reasons = trace.flow, dict.fromkeys(groups, "")
+    while True:
+        changed = False
+        for group in groups:
+            if reasons[group]:
+                continue
+            # A layer that is quantized under a name the flow does not follow has no channels to speak of.
+            channels = [flow.inputs.get(name) for name in group]
+            if any(c is None or not bool(flow.variables.free(c).all()) for c in channels):
+                reasons[group] = _why(trace, group)
+                for c in channels:
+                    if c is not None:
+                        flow.variables.fix(c, f"{group[0]} reads it beside channels that cannot be scaled")
+                changed = True
+        if not changed:
+            return reasons
+
+
+def _why(trace: Trace, group: tuple[str, ...]) -> str:
+    for name in group:
+        channels = trace.flow.inputs.get(name)
+        reason = "" if channels is None else trace.flow.variables.why_fixed(channels)
+        if reason and "not scaled by anything" not in reason:
+            return reason
+    value = trace.root(trace.calls[group[0]][0])
     index = trace.producer.get(value)
     if index is None:
-        return None, "its tensor comes from outside the model"
-    op = trace.ops[index]
-    producer = _norm_gain(trace, op, width) or _scaled_by_parameter(trace, op, value, width)
-    if producer is None:
-        return None, f"computed by {_short(op)}, which has no per-channel gain to fold into"
-    other = foreign_reader(trace, value, layers)
-    if other is not None:
-        return None, other
-    return producer, ""
+        return "its tensor comes from outside the model"
+    return f"computed by {_short(trace.ops[index])}, through which no factor passes"
+
+
+def _joined_by_channels(flow: ChannelFlow, groups: Iterable[tuple[str, ...]]) -> list[Region]:
+    """Regions of the groups that share variables."""
+    classes = {name: flow.variables.find(flow.inputs[name]) for group in groups for name in group}
+    roots = {group: {(int(c), True) for name in group for c in classes[name].unique()} for group in groups}
+    regions = []
+    for members, _ in components({str(i): roots[group] for i, group in enumerate(groups)}):
+        by_number = dict(enumerate(groups))
+        layers = tuple(name for member in members for name in by_number[int(member)])
+        kinds = torch.cat([classes[name] for name in layers]).unique()
+        width = len(kinds)
+        index = {name: torch.searchsorted(kinds, classes[name]) for name in layers}
+        parts = tuple(
+            Part(source, where)
+            for source in flow.sources
+            if bool((where := _where(kinds, flow.variables.find(source.variables))).ge(0).any())
+        )
+        others = {name: c for name, c in flow.inputs.items() if name not in layers}
+        compensated = {
+            name: where
+            for name, c in others.items()
+            if bool((where := _where(kinds, flow.variables.find(c))).ge(0).any())
+        }
+        regions.append(Region(layers, width, index, flow.layers, parts, compensated))
+    return regions
+
+
+def _where(kinds: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """The position of each class in `kinds` (sorted), −1 for those that are not there."""
+    at = torch.searchsorted(kinds, classes).clamp(max=len(kinds) - 1)
+    return torch.where(kinds[at] == classes, at, -1)
+
+
+def _multiplied(trace: Trace, group: tuple[str, ...], widths: Mapping[str, int], reason: str) -> Region:
+    width = widths[group[0]]
+    index = {name: torch.arange(width) for name in group}
+    return Region(group, width, index, trace.flow.layers, reason=reason)
+
+
+def same_tensor_regions(trace: Trace, widths: Mapping[str, int], reason: str) -> list[Region]:
+    """One region for each tensor that layers of `widths` read, none of them to be folded."""
+    groups = _same_tensor(trace, {name: trace.calls[name] for name in trace.calls if name in widths})
+    return [_multiplied(trace, group, widths, reason) for group in groups]
 
 
 def foreign_reader(trace: Trace, value: int, layers: set[str], reading: int | None = None) -> str | None:
-    """Why the value cannot be changed under its readers, or None. Layers and the operation `reading` may read it."""
+    """Why the value cannot be rearranged under its readers, or None. Layers and the operation `reading` may read it."""
     pending, seen = [value], set()
     while pending:
         current = pending.pop()
@@ -100,7 +185,7 @@ def foreign_reader(trace: Trace, value: int, layers: set[str], reading: int | No
             return "its tensor is an output of the model"
         for index in trace.readers.get(current, []):
             op = trace.ops[index]
-            if index == reading or _inside(op.module, layers):
+            if index == reading or op.module in layers:
                 continue
             if not trace.keeps_channels(op) or op.args[0] != Ref(current):
                 return f"its tensor is also read by {_short(op)} in {op.module or 'the model'}"
@@ -108,67 +193,13 @@ def foreign_reader(trace: Trace, value: int, layers: set[str], reading: int | No
     return None
 
 
-def _inside(module: str, layers: set[str]) -> bool:
-    return module in layers
-
-
-def _norm_gain(trace: Trace, op: Op, width: int) -> Producer | None:
-    base = op.name.rpartition(".")[0]
-    if base not in ("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm"):
-        return None
-    if len(op.args) < 3 or op.args[1] != (width,):
-        return None
-    gain = _parameter(trace, op.args[2])
-    has_shift = base == "aten.native_layer_norm" and len(op.args) > 3 and op.args[3] is not None
-    shift = _parameter(trace, op.args[3]) if has_shift else None
-    if gain is None or (has_shift and shift is None):
-        return None
-    return Producer(gain, shift, 0.0)
-
-
-def _scaled_by_parameter(trace: Trace, op: Op, value: int, width: int) -> Producer | None:
-    if op.name != "aten.mul.Tensor" or len(op.args) != 2 or not all(isinstance(a, Ref) for a in op.args):
-        return None
-    for argument in op.args:
-        if trace.shapes[argument.value] != (width,):
-            continue
-        if gain := _parameter(trace, argument):
-            return Producer(gain, None, 0.0)
-        origin = trace.producer.get(trace.root(argument.value))
-        if origin is None or len(trace.readers.get(argument.value, [])) != 1:
-            continue
-        add = trace.ops[origin]
-        constants = [a for a in add.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        if add.name == "aten.add.Tensor" and len(add.args) == 2 and constants:
-            gain = next((name for a in add.args if (name := _parameter(trace, a))), None)
-            if gain is not None:
-                return Producer(gain, None, float(constants[0]))
-    return None
-
-
-def _parameter(trace: Trace, argument: object) -> str | None:
-    """The name of the parameter behind an argument, if it has one name and one reader; else None."""
-    if not isinstance(argument, Ref):
-        return None
-    value = argument.value
-    while True:
-        if len(trace.readers.get(value, [])) != 1:
-            return None
-        names = trace.parameters.get(value)
-        if names is not None:
-            return names[0] if len(names) == 1 else None
-        index = trace.producer.get(value)
-        if index is None or not trace.keeps_channels(trace.ops[index]):
-            return None
-        value = trace.ops[index].args[0].value
-
-
 def _short(op: Op) -> str:
     return op.name.removeprefix("aten.").partition(".")[0]
 
 
-def _joined(names: tuple[str, ...]) -> str:
-    """`a.b.{q,k,v}` for layers with one parent, else the names separated by commas."""
+def joined(names: Iterable[str]) -> str:
+    """`a.b.{q,k,v}` for names with one parent, else separated by commas; long lists are cut."""
+    names = list(names)
     parents = Counter(name.rpartition(".")[0] for name in names)
     if len(names) > 1 and len(parents) == 1:
         parent = next(iter(parents))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from evenbits.graph.channels import ChannelFlow
+from evenbits.nn.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Op:
 
 @dataclass
 class Trace:
-    """The data flow of one forward. parameters: value → names (several if tied); calls: layer → values it was given."""
+    """The data flow of one forward. parameters: value → names (several if tied); calls: layer → values it was given;
+    flow: whose channels every value carries (channels.py); narrowest: the floating-point type of least precision."""
 
     ops: list[Op] = field(default_factory=list)
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -52,6 +56,8 @@ class Trace:
     calls: dict[str, list[int]] = field(default_factory=dict)
     mutated: set[int] = field(default_factory=set)
     escaped: set[int] = field(default_factory=set)
+    flow: ChannelFlow = field(default_factory=lambda: ChannelFlow({}, {}))
+    narrowest: torch.dtype = torch.float64
 
     def keeps_channels(self, op: Op) -> bool:
         """Whether `op` only rearranges or copies its first input and leaves the last dimension alone."""
@@ -61,25 +67,30 @@ class Trace:
         before, after = self.shapes[op.args[0].value], self.shapes[op.outputs[0]]
         return bool(before) and bool(after) and before[-1] == after[-1]
 
-    def root(self, value: int) -> int:
-        """Walks back through views and copies that keep the last dimension to where `value` was computed."""
+    def root(self, value: int, *, whole: bool = False) -> int:
+        """Walks back through views and copies that keep the last dimension (whole: every one) to where `value` was
+        computed."""
         while (index := self.producer.get(value)) is not None and self.keeps_channels(self.ops[index]):
-            value = self.ops[index].args[0].value
+            before = self.ops[index].args[0].value
+            if whole and self.shapes[before] != self.shapes[value]:
+                break
+            value = before
         return value
 
 
 _COPIES = frozenset({"aten._unsafe_view", "aten.clone", "aten._to_copy", "aten.contiguous", "aten._reshape_alias"})
 
 
-def trace(model: nn.Module, run: Callable[[], Any], layers: Iterable[str], *, hooks: bool = True) -> Trace:
+def trace(model: nn.Module, run: Callable[[], Any], layers: Mapping[str, Layout], *, hooks: bool = True) -> Trace:
     """Runs `run()`, one forward of `model`, and returns its data flow and what the modules in `layers` read.
 
+    layers: the matrix layers whose channels are followed, with their layouts.
     hooks: without them operations have no module, and the model takes the paths it keeps for when nobody watches.
     """
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, layers)
     with ExitStack() as stack:
         if hooks:
-            stack.enter_context(_module_names(model, set(layers), recorder))
+            stack.enter_context(_module_names(model, recorder))
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
         output = run()
@@ -90,13 +101,15 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Iterable[str], *, ho
         gc.collect()  # it may only wait for the collector
     # Whatever is still alive is held by the output or by something that the forward filled (a cache, an attribute).
     recorder.result.escaped |= recorder.alive() | returned
+    recorder.result.flow.finish(recorder.result.escaped - set(recorder.result.parameters))
     del output, leaves, bases
     return recorder.result
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layout]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.layers = layers
         self.result = Trace()
         self.stack: list[str] = [""]
         self._next = 0
@@ -108,6 +121,15 @@ class _Recorder(TorchDispatchMode):
             names.setdefault(id(parameter), []).append(name)
         for parameter in {id(p): p for p in tensors.values()}.values():
             self.result.parameters[self.value_of(parameter)] = tuple(names[id(parameter)])
+        owned = {}
+        for value, tied in self.result.parameters.items():
+            homes = {id(model.get_submodule(name.rpartition(".")[0])) for name in tied}
+            # Of several modules with one weight none is a layer whose weight may be changed.
+            if len(homes) == 1 and (found := next((n for n in tied if n.rpartition(".")[0] in layers), None)):
+                owned[value] = found.rpartition(".")[0]
+        self.result.flow = ChannelFlow(layers, owned)
+        for value, known in self.result.parameters.items():
+            self.result.flow.add_parameter(value, known[0])
 
     def value_of(self, tensor: torch.Tensor) -> int:
         """The number of the value that `tensor` holds now."""
@@ -131,6 +153,8 @@ class _Recorder(TorchDispatchMode):
         self._live[key] = (weakref.ref(tensor, forget), value)
         self._storage.setdefault(storage, set()).add(value)
         self.result.shapes[value] = tuple(tensor.shape)
+        if tensor.is_floating_point() and tensor.dtype.itemsize < self.result.narrowest.itemsize:
+            self.result.narrowest = tensor.dtype
         return value
 
     def __torch_dispatch__(
@@ -138,17 +162,20 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         recorded = tuple(self._simple(argument) for argument in args)
-        inputs = {self.value_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        read = {id(leaf): self.value_of(leaf) for leaf in leaves}
         written = self._written(func, args, kwargs)
+        sharing: set[int] = set()
         for tensor in written:
-            # Everything that shares the memory changes under its readers: no such value may be rescaled.
-            sharing = self._storage.get(tensor.untyped_storage()._cdata, set())
-            self.result.mutated |= sharing | {self.value_of(tensor)}
+            # Everything that shares the memory changes under its readers: no such value may be permuted.
+            sharing |= self._storage.get(tensor.untyped_storage()._cdata, set()) | {self.value_of(tensor)}
+        self.result.mutated |= sharing
         output = func(*args, **kwargs)
         for tensor in written:
             self.result.mutated.add(self._new_value(tensor))
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        self._record(func, recorded, frozenset(inputs), tuple(self.value_of(tensor) for tensor in outputs))
+        self.result.flow.step(func, args, kwargs, output, self.value_of, self.stack[-1], read, sharing)
+        self._record(func, recorded, frozenset(read.values()), tuple(self.value_of(tensor) for tensor in outputs))
         return output
 
     def _record(self, func: Any, args: tuple[Any, ...], inputs: frozenset[int], outputs: tuple[int, ...]) -> None:
@@ -181,24 +208,34 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def _module_names(model: nn.Module, layers: set[str], recorder: _Recorder) -> Iterator[None]:
-    handles = []
+def _module_names(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    handles, flow = [], recorder.result.flow
 
     def enter(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recorder.stack.append(name)
-            if name in layers:
-                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-                recorder.result.calls.setdefault(name, []).append(recorder.value_of(tensors[0]))
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            flow.see(name, (recorder.value_of(tensor) for tensor in given))
+            if name in recorder.layers:
+                value = recorder.value_of(given[0])
+                recorder.result.calls.setdefault(name, []).append(value)
+                flow.enter(name, value, given[0].shape)
 
         return hook
 
-    def leave(*_: Any) -> None:
-        recorder.stack.pop()
+    def leave(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            recorder.stack.pop()
+            given = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+            flow.see(recorder.stack[-1], (recorder.value_of(tensor) for tensor in given))
+            if name in recorder.layers:
+                flow.leave(name, [(recorder.value_of(tensor), tensor.shape) for tensor in given])
+
+        return hook
 
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_hook(leave(name), always_call=True))
     try:
         yield
     finally:

@@ -57,7 +57,8 @@ def _searched(
 
     def balanced_input(name: str, x: torch.Tensor) -> torch.Tensor:
         x = balanced.seen(name, x)
-        return x.flatten(-3) if kinds[name].kind == "Conv2d" else x  # each image one row, as the layer has it
+        spatial = kinds[name].channels.spatial
+        return x.flatten(-1 - spatial) if spatial else x  # each image one row, as the layer has it
 
     def measure(name: str, x: torch.Tensor, _: torch.Tensor) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,35 +12,40 @@ from evenbits.algorithms.base import Rebalance
 from evenbits.errors import EvenbitsError
 from evenbits.graph.folding import Fold, prove
 from evenbits.graph.permuting import prove_permutation, row_producers
-from evenbits.graph.regions import Region, find_regions
+from evenbits.graph.regions import Region, find_regions, same_tensor_regions
+from evenbits.nn.layout import Layout
 from evenbits.pipeline.methods import Methods
-from evenbits.pipeline.plan import LayerPlan, weight_OI
+from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.result import RegionRow
-from evenbits.pipeline.watch import Watched
+from evenbits.pipeline.watch import Watched, without_cache
 
 
 @dataclass(frozen=True)
 class Balanced:
     """What was decided for the layers' inputs and outputs.
 
-    scales: layer → s [I]; multiplied: layers that must divide their input by s themselves; folds: the others'.
+    scales: layer → s [I]; multiplied: layers that must divide their input by s themselves; folds: the others', with the
+        s of their region; rows: layer → factor [O] of its rows and bias, because a reader's s was folded into them.
     perms: layer → order of its input channels [I]; indexed: layers that must put them in order themselves.
     outputs: layer → order of its output channels [O], because a reader's order was folded into it.
+    layouts: of every planned layer.
     """
 
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
     multiplied: frozenset[str] = frozenset()
     folds: tuple[tuple[Fold, torch.Tensor], ...] = ()
+    row_factors: dict[str, torch.Tensor] = field(default_factory=dict)
     perms: dict[str, torch.Tensor] = field(default_factory=dict)
     indexed: frozenset[str] = frozenset()
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     rows: tuple[RegionRow, ...] = ()
     notes: tuple[str, ...] = ()
 
     def delivered(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The float model's input of a layer as the balanced model delivers it, before what the layer does itself."""
         if name in self.scales and name not in self.multiplied:
-            x = x / self.scales[name].to(x.device, x.dtype)
+            x = self._divided(name, x)
         if name in self.perms and name not in self.indexed:
             x = x[..., self.perms[name].to(x.device)]
         return x
@@ -47,68 +53,113 @@ class Balanced:
     def seen(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The float model's input of a layer as the layer's quantizer and weight meet it."""
         if name in self.scales:
-            x = x / self.scales[name].to(x.device, x.dtype)
+            x = self._divided(name, x)
         return x[..., self.perms[name].to(x.device)] if name in self.perms else x
+
+    def returned(self, name: str, y: torch.Tensor) -> torch.Tensor:
+        """The float model's output of a layer as the balanced layer has to return it."""
+        if name in self.row_factors:
+            factor_O = self.row_factors[name].to(y.device, y.dtype)
+            y = y * self.layouts[name].on_activation(factor_O, y.ndim)
+        return y[..., self.outputs[name].to(y.device)] if name in self.outputs else y
+
+    def _divided(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x / self.layouts[name].on_activation(self.scales[name].to(x.device, x.dtype), x.ndim)
 
 
 def balance(model: nn.Module, plans: list[LayerPlan], watched: Watched, methods: Methods) -> Balanced:
     """Balances every region of the planned layers. Raises EvenbitsError if there is none."""
+    layouts = {plan.name: plan.channels for plan in plans}
     if methods.balance is None:
-        return Balanced()
-    widths = {plan.name: plan.width for plan in plans if plan.width and watched.ranges[plan.name].seen}
-    regions = _regions(watched, widths)
-    decided = {region.name: _decide(model, region, watched, methods) for region in regions}
-    unsmoothed = (*_unsmoothed(plans, watched), *skipped_convolutions(plans))
+        return Balanced(layouts=layouts)
+    widths = {plan.name: layouts[plan.name].in_channels for plan in plans if watched.ranges[plan.name].seen}
+    regions = _regions(watched, widths, layouts, permutes=methods.balance.permutes)
+    decided = {region.name: decide(model, region, watched, methods) for region in regions}
+    unsmoothed = _unsmoothed(plans, watched)
     if not regions:
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in unsmoothed[:5])
         raise EvenbitsError(f"smoothing was asked for and no region was smoothed. {reasons}")
-    if any(choice.scale_I is not None for choice in decided.values()):
-        found = _scaled(model, regions, decided, watched)
+    arrange = _permuted if methods.balance.permutes else _scaled
+    found = arrange(model, regions, decided, watched, widths)
+    return replace(found, layouts=layouts, rows=(*found.rows, *unsmoothed))
+
+
+def _regions(
+    watched: Watched, widths: dict[str, int], layouts: Mapping[str, Layout], *, permutes: bool
+) -> list[Region]:
+    if permutes:
+        widths = {name: width for name, width in widths.items() if layouts[name].spatial == 0}
+        regions = same_tensor_regions(watched.trace, widths, "")
     else:
-        found = _permuted(model, regions, decided, watched, widths)
-    return replace(found, rows=(*found.rows, *unsmoothed))
+        regions = find_regions(watched.trace, widths)
+    found = {name for region in regions for name in region.layers}
+    late = "it did not run on the first batch, which is the one that is traced"
+    return regions + [
+        Region((name,), width, {name: torch.arange(width)}, layouts, reason=late)
+        for name, width in widths.items()
+        if name not in found
+    ]
 
 
-def _decide(model: nn.Module, region: Region, watched: Watched, methods: Methods) -> Rebalance:
-    absmax_I = torch.stack([watched.ranges[name].absmax for name in region.layers]).amax(dim=0)
-    weights = [weight_OI(model.get_submodule(name)) for name in region.layers]
-    decided: Rebalance = methods.balance(absmax_I, weights, **methods.balance_options)  # type: ignore[misc]
+def decide(model: nn.Module, region: Region, watched: Watched, methods: Methods) -> Rebalance:
+    """What the balance method says of one region: figures per channel of the region, [width]."""
+    absmax_S = largest_per_channel(region, {name: watched.ranges[name].absmax for name in region.layers})
+    weights = [_columns(model, region, name) for name in region.layers]
+    decided: Rebalance = methods.balance(absmax_S, weights, **methods.balance_options)  # type: ignore[misc]
     return decided
 
 
-def _scaled(model: nn.Module, regions: list[Region], decided: dict[str, Rebalance], watched: Watched) -> Balanced:
-    candidates = [(region, Fold(model, region.producer)) for region in regions if region.producer is not None]
-    failed = prove(model, watched.source.runs(), candidates)
-    folds = {region.name: fold for region, fold in candidates if region.name not in failed}
+def largest_per_channel(region: Region, figures: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Figures per input channel of layers, joined to one per channel of the region: the largest."""
+    device = next(iter(figures.values())).device
+    largest_S = torch.zeros(region.width, device=device)
+    for name, figure_I in figures.items():
+        index_I = region.index[name].to(device)
+        largest_S.scatter_reduce_(0, index_I, figure_I.to(device, torch.float32), "amax")
+    return largest_S
+
+
+def _columns(model: nn.Module, region: Region, name: str) -> torch.Tensor:
+    """A layer's weight as [R, width]: what multiplies each channel of the region."""
+    weight, layout = model.get_submodule(name).get_parameter("weight").detach(), region.layouts[name]
+    index_I = region.index[name]
+    if len(index_I) == region.width and torch.equal(index_I, torch.arange(region.width)):
+        return layout.columns(weight)
+    return largest_per_channel(region, {name: layout.input_absmax(weight)}).unsqueeze(0)
+
+
+def _scaled(
+    model: nn.Module, regions: list[Region], decided: dict[str, Rebalance], watched: Watched, widths: dict[str, int]
+) -> Balanced:
+    with without_cache(model):
+        failed = prove(model, watched.source.runs(), regions, narrowest=watched.trace.narrowest)
     scales: dict[str, torch.Tensor] = {}
+    row_factors: dict[str, torch.Tensor] = {}
     multiplied: set[str] = set()
-    applied: list[tuple[Fold, torch.Tensor]] = []
+    folds: list[tuple[Fold, torch.Tensor]] = []
     rows: list[RegionRow] = []
     for region in regions:
-        scale_I, alpha = decided[region.name].scale_I, decided[region.name].choice.get("alpha")
-        if scale_I is None:
-            rows.append(RegionRow(region.name, region.layers, "skipped", "the method left it alone", alpha))
+        scale_S, choice = decided[region.name].scale_I, decided[region.name].choice
+        if scale_S is None:
+            rows.append(RegionRow(region.name, region.layers, "skipped", "the method left it alone", None))
             continue
-        scales |= dict.fromkeys(region.layers, scale_I)
-        if region.name in folds and folds[region.name].loses(scale_I):
-            failed[region.name] = "the fold would lose precision in the type of the norm's parameters"
-            del folds[region.name]
-        if region.name in folds:
-            applied.append((folds[region.name], scale_I))
-            status, reason = "folded", f"into {region.producer.gain}" if region.producer else ""
-        else:
+        scales |= {name: scale_S[index.to(scale_S.device)] for name, index in region.index.items()}
+        fold, reason = Fold(model, region), failed.get(region.name) or region.reason
+        if not reason and fold.loses(scale_S):
+            reason = "the fold would lose precision in the type of the parameters"
+        if reason:
             multiplied |= set(region.layers)
-            status, reason = "multiplied", failed.get(region.name) or region.reason
-        rows.append(RegionRow(region.name, region.layers, status, reason, alpha))
-    return Balanced(scales, frozenset(multiplied), tuple(applied), rows=tuple(rows))
+        else:
+            folds.append((fold, scale_S))
+            for name, factor_O in fold.row_factors(scale_S).items():
+                row_factors[name] = row_factors.get(name, 1.0) * factor_O
+        status, why = ("multiplied", reason) if reason else ("folded", f"into {region.into}")
+        rows.append(RegionRow(region.name, region.layers, status, why, choice.get("alpha")))
+    return Balanced(scales, frozenset(multiplied), tuple(folds), row_factors, rows=tuple(rows))
 
 
 def _permuted(
-    model: nn.Module,
-    regions: list[Region],
-    decided: dict[str, Rebalance],
-    watched: Watched,
-    widths: dict[str, int],
+    model: nn.Module, regions: list[Region], decided: dict[str, Rebalance], watched: Watched, widths: dict[str, int]
 ) -> Balanced:
     perms: dict[str, torch.Tensor] = {}
     indexed: set[str] = set()
@@ -121,7 +172,8 @@ def _permuted(
             continue
         perms |= dict.fromkeys(region.layers, perm_I)
         values = {watched.trace.root(value) for name in region.layers for value in watched.trace.calls.get(name, [])}
-        producers = row_producers(watched.trace, values.pop(), region.layers, set(widths)) if len(values) == 1 else ()
+        matrices = {name for name in widths if region.layouts[name].spatial == 0}
+        producers = row_producers(watched.trace, values.pop(), region.layers, matrices) if len(values) == 1 else ()
         free = producers and not set(producers) & set(outputs)
         if free and prove_permutation(model, watched.source.runs(), producers, region.layers, perm_I):
             outputs |= dict.fromkeys(producers, perm_I)
@@ -135,20 +187,7 @@ def _permuted(
     return Balanced(perms=perms, indexed=frozenset(indexed), outputs=outputs, rows=tuple(rows))
 
 
-def _regions(watched: Watched, widths: dict[str, int]) -> list[Region]:
-    regions = find_regions(watched.trace, widths)
-    found = {name for region in regions for name in region.layers}
-    late = "it did not run on the first batch, which is the one that is traced"
-    return regions + [Region((name,), width, None, late) for name, width in widths.items() if name not in found]
-
-
 def _unsmoothed(plans: list[LayerPlan], watched: Watched) -> tuple[RegionRow, ...]:
     reason = "did not run on the calibration data: no statistics"
-    names = [plan.name for plan in plans if plan.width and not watched.ranges[plan.name].seen]
+    names = [plan.name for plan in plans if not watched.ranges[plan.name].seen]
     return tuple(RegionRow(name, (name,), "skipped", reason, None) for name in names)
-
-
-def skipped_convolutions(plans: list[LayerPlan]) -> tuple[RegionRow, ...]:
-    """A line for each quantized convolution: this version smooths matrix layers only."""
-    names = [plan.name for plan in plans if plan.kind == "Conv2d" and not plan.reason]
-    return tuple(RegionRow(n, (n,), "skipped", "convolutions are not smoothed in this version", None) for n in names)

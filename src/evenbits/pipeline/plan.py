@@ -1,8 +1,6 @@
 """Which layers a scheme quantizes, and for every other matrix of the model why not. No layer is left unmentioned.
 
-A layer is a module this version can replace: nn.Linear, nn.Conv2d and Hugging Face's Conv1D, exactly those classes (a
-subclass may read its weight in ways of its own, as nn.MultiheadAttention's output projection does). Every other
-parameter
+A layer is a module with a layout (nn/layout.py): linear layers and convolutions of every kind. Every other parameter
 with two or more dimensions gets a line of its own: embeddings, fused expert weights, attention `in_proj_weight`, ….
 """
 
@@ -17,48 +15,44 @@ from torch import nn
 
 from evenbits.errors import EvenbitsError
 from evenbits.graph.trace import Trace
+from evenbits.nn.layout import Layout, layout_of
 from evenbits.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A layer (or a matrix that belongs to none). `reason` is empty if it is to be quantized."""
+    """A layer (or a matrix that belongs to none). `reason` is empty if it is to be quantized.
+
+    layout: of a layer whose weight is its own, quantized or not, so that its channels may be scaled; else None.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     reason: str = ""
+    layout: Layout | None = None
 
     @property
-    def channel_dim(self) -> int:
-        """The input's channel dimension, counted from the end (unbatched inputs included)."""
-        return -3 if self.kind == "Conv2d" else -1
-
-    @property
-    def width(self) -> int:
-        """Input channels of a matrix layer; 0 for convolutions, which are not smoothed here."""
-        return 0 if self.kind == "Conv2d" else self.shape[1]
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """ "Linear", "Conv2d" or "Conv1D" (Hugging Face) for a layer that can be replaced, else None."""
-    if type(module) in (nn.Linear, nn.Conv2d):
-        return type(module).__name__
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
-        return "Conv1D"
-    return None
+    def channels(self) -> Layout:
+        """The layout. Raises EvenbitsError for what is no layer."""
+        if self.layout is None:
+            raise EvenbitsError(f"{self.name} ({self.kind}) is not a layer whose channels can be scaled.")
+        return self.layout
 
 
 def weight_OI(module: nn.Module) -> torch.Tensor:
-    """A layer's weight as [out, in] (convolutions: [out, in/groups · kh · kw]); shares memory where it can."""
-    weight: torch.Tensor = module.get_parameter("weight").detach()
-    return weight.t() if kind_of(module) == "Conv1D" else weight.flatten(1)
+    """A layer's weight as [out, in] (convolutions: [out, in/groups · k]); shares memory where it can."""
+    layout = layout_of(module)
+    if layout is None:
+        raise EvenbitsError(f"{type(module).__name__} is not a linear or convolution layer.")
+    return layout.matrix(module.get_parameter("weight").detach())
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape a quantized layer states: out first."""
+    """The shape a quantized layer states: the float weight's, for Hugging Face's Conv1D out first."""
     shape = tuple(module.get_parameter("weight").shape)
-    return shape[::-1] if kind_of(module) == "Conv1D" else shape
+    layout = layout_of(module)
+    return shape[::-1] if layout is not None and layout.kind == "Conv1D" else shape
 
 
 def plan_layers(model: nn.Module, scheme: Scheme) -> list[LayerPlan]:
@@ -79,7 +73,7 @@ def plan_layers(model: nn.Module, scheme: Scheme) -> list[LayerPlan]:
 
 def _check_overrides(plans: list[LayerPlan], scheme: Scheme) -> None:
     """An override that decides for no layer was meant for one: its name is misspelt, or one before it took them all."""
-    layers = [plan.name for plan in plans if plan.kind in ("Linear", "Conv2d", "Conv1D")]
+    layers = [plan.name for plan in plans if plan.layout is not None]
     used = {scheme.override_of(name) for name in layers}
     for pattern, formats in scheme.overrides:
         if pattern in used:
@@ -95,24 +89,23 @@ def _check_overrides(plans: list[LayerPlan], scheme: Scheme) -> None:
 
 def _lines(model: nn.Module, scheme: Scheme, owners: dict[int, list[str]]) -> Iterator[LayerPlan]:
     for name, module in model.named_modules():
-        kind = kind_of(module)
+        layout = layout_of(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             full_name = f"{name}.{parameter_name}" if name else parameter_name
-            if kind is not None and parameter_name == "weight":
+            if layout is not None and parameter_name == "weight":
                 # The same module in two places is one layer; two modules with one weight are tied.
                 owned = [o for o in owners[id(parameter)] if model.get_submodule(o.rpartition(".")[0]) is not module]
-                reason = _why_float(name, owned, scheme) or _burden(module)
-                yield LayerPlan(name, kind, weight_shape(module), reason)
+                bound = _bound(name, owned) or _burden(module)
+                reason = bound or ("ignored by the scheme" if scheme.ignores(name) else "")
+                yield LayerPlan(name, layout.kind, weight_shape(module), reason, None if bound else layout)
             elif parameter.ndim >= 2 and full_name == owners[id(parameter)][0]:
                 yield LayerPlan(full_name, type(module).__name__, tuple(parameter.shape), _foreign(module))
 
 
-def _why_float(name: str, others: list[str], scheme: Scheme) -> str:
+def _bound(name: str, others: list[str]) -> str:
     if others:
         return f"its weight is tied to {', '.join(others)}"
-    if not name:
-        return "the model is this single layer; wrap it in a module to have it replaced"
-    return "ignored by the scheme" if scheme.ignores(name) else ""
+    return "" if name else "the model is this single layer; wrap it in a module to have it replaced"
 
 
 def _burden(module: nn.Module) -> str:

@@ -24,7 +24,7 @@ from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import QConv2d
 from evenbits.nn.qat import QATConv2d, QATLayer, QATLinear
 from evenbits.nn.replace import replace_modules
-from evenbits.pipeline.plan import LayerPlan, kind_of, plan_layers, weight_OI
+from evenbits.pipeline.plan import LayerPlan, plan_layers, weight_OI
 from evenbits.schemes.scheme import LayerFormats, Scheme, resolve
 
 
@@ -88,7 +88,7 @@ def _without_fused(model: nn.Module, plan: LayerPlan) -> LayerPlan:
 def _twin(module: nn.Module, formats: LayerFormats) -> QATLayer:
     activation = None if formats.input_activations is None else ActivationQuantizer(formats.input_activations)
     weight = module.get_parameter("weight")
-    if kind_of(module) == "Conv1D":  # stored as [I, O]
+    if type(module).__name__ == "Conv1D":  # Hugging Face's, stored as [I, O]
         weight = nn.Parameter(weight_OI(module).contiguous().clone(), requires_grad=weight.requires_grad)
     bias: Any = getattr(module, "bias", None)
     twin: QATLayer

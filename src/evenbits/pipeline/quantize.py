@@ -101,7 +101,7 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 def _nothing_to_do(plans: list[LayerPlan]) -> str:
     if not plans:
-        return "the model has no layer that can be quantized (nn.Linear, nn.Conv2d or Hugging Face's Conv1D)."
+        return "the model has no layer that can be quantized (linear layers and convolutions)."
     listed = "; ".join(f"{plan.name or 'the model'}: {plan.reason}" for plan in plans[:5])
     return f"no layer would be quantized. {listed}{'; …' if len(plans) > 5 else ''}."
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -25,7 +26,7 @@ from evenbits.observers.calibrate import watching
 from evenbits.pipeline.activations import activation_quantizers
 from evenbits.pipeline.balance import Balanced
 from evenbits.pipeline.methods import Methods
-from evenbits.pipeline.plan import LayerPlan, weight_OI
+from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.watch import Watched
 from evenbits.schemes.scheme import Scheme
 
@@ -83,12 +84,11 @@ def _layer(
 ) -> _Built:
     scale_I, perm_I = balanced.scales.get(plan.name), balanced.perms.get(plan.name)
     rows_O = balanced.outputs.get(plan.name, slice(None))
-    weight = weight_OI(module)[rows_O].float()
-    weight = weight if scale_I is None else weight * scale_I.to(weight.device)
+    weight, bias = _balanced_weight(module, plan, balanced)
+    weight = weight[rows_O]
     weight = weight if perm_I is None else weight[:, perm_I.to(weight.device)]
     quantized = methods.weight(weight, scheme.of(plan.name).weights, stats, **methods.weight_options)
     multiplier = None if scale_I is None or plan.name not in balanced.multiplied else scale_I.reciprocal()
-    bias = getattr(module, "bias", None)
     bias = None if bias is None else bias[rows_O]
     kwargs = {"geometry": QConv2d.geometry_of(module)} if isinstance(module, nn.Conv2d) else {}
     make: type[QuantizedLayer] = QConv2d if isinstance(module, nn.Conv2d) else QLinear
@@ -96,6 +96,21 @@ def _layer(
     if perm_I is not None and plan.name in balanced.indexed:
         layer.input_permutation = perm_I.to(weight.device, torch.int32)
     return layer, compare(weight, quantized.dequantize()), pair_statistics(weight, quantized)
+
+
+def _balanced_weight(
+    module: nn.Module, plan: LayerPlan, balanced: Balanced
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The layer's weight as float32 [O, K], columns multiplied by s and rows by what was folded into them; the bias."""
+    weight, bias = module.get_parameter("weight").detach().float(), getattr(module, "bias", None)
+    if plan.name in balanced.scales:
+        weight = weight * plan.channels.mount_inputs(balanced.scales[plan.name].to(weight.device), weight.ndim)
+    factor_O = balanced.row_factors.get(plan.name)
+    if factor_O is not None:
+        factor_O = factor_O.to(weight.device, torch.float32)
+        weight = weight * plan.channels.mount_outputs(factor_O, weight.ndim)
+        bias = None if bias is None else bias.detach() * factor_O.to(bias.dtype)
+    return plan.channels.matrix(weight), bias
 
 
 def _stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
@@ -109,9 +124,9 @@ def _stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> Laye
         mean_I = mean_I / scale_I.to(mean_I.device).square()
     if plan.name in balanced.perms:
         mean_I = mean_I[balanced.perms[plan.name].to(mean_I.device)]
-    if plan.kind == "Conv2d":
+    if plan.channels.spatial:
         # A grouped convolution's row meets the channels of its own group; the mean over groups stands for all rows.
-        mean_I = mean_I.view(-1, plan.shape[1]).mean(dim=0).repeat_interleave(plan.shape[2] * plan.shape[3])
+        mean_I = plan.channels.along_columns(mean_I, prod(plan.shape[2:])).mean(dim=0)
     return LayerStats(mean_I)
 
 
@@ -121,8 +136,8 @@ def _output_errors(
     errors: dict[str, RunningError] = {}
 
     def see(name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        rows_O = balanced.outputs.get(name, slice(None))
-        errors.setdefault(name, RunningError()).add(y[..., rows_O], built[name][0](balanced.delivered(name, x)))
+        expected = balanced.returned(name, y)
+        errors.setdefault(name, RunningError()).add(expected, built[name][0](balanced.delivered(name, x)))
 
     with watching(model, built, see):
         for run in watched.source.runs():

@@ -22,7 +22,7 @@ def swap(
     with ExitStack() as undo:
         for fold, scale_I in folds:
             undo.callback(fold.undo)
-            fold.apply(scale_I)
+            fold.apply(scale_I, without=layers)
         undo.callback(replace_modules(model, layers))
         yield
         undo.pop_all()

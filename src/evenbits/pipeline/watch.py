@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -38,17 +39,34 @@ def watch(
     """Runs the calibration. Returns what was seen, and the plans with reasons added for layers that must stay float."""
     if batches is None:
         return plans, None
-    dims = {plan.name: plan.channel_dim for plan in plans if not plan.reason}
+    dims = {plan.name: plan.channels.channel_dim for plan in plans if not plan.reason}
     wanted = "second_moment" in methods.weight.needs | methods.weight.uses
     moments = {name: SecondMoment() for name in dims} if wanted else None
     ranges = channel_ranges(model, dims, batches.run_all, moments)
     first = batches.runs()[0]
-    flow, bare = trace(model, first, dims), trace(model, first, (), hooks=False)
+    layers = {plan.name: plan.layout for plan in plans if plan.layout is not None}
+    with without_cache(model):
+        flow, bare = trace(model, first, layers), trace(model, first, {}, hooks=False)
     open_plans = [plan for plan in plans if not plan.reason]
     blocked = outside_readers(flow, open_plans) | unwatched_readers(flow, bare, open_plans)
-    layers = {plan.name: scheme.of(plan.name).weights for plan in open_plans if plan.name not in blocked}
-    blocked |= rehearse(model, layers, first)
+    formats = {plan.name: scheme.of(plan.name).weights for plan in open_plans if plan.name not in blocked}
+    blocked |= rehearse(model, formats, first)
     unseen = dict.fromkeys(dims, "did not run on the calibration data: no activation scale")
     blocked |= {name: reason for name, reason in unseen.items() if scheme.of(name).static and not ranges[name].seen}
     plans = [replace(plan, reason=plan.reason or blocked.get(plan.name, "")) for plan in plans]
     return plans, Watched(flow, ranges, batches, moments or {})
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Turns a Hugging Face model's key-value cache off: its tensors would count as outputs, and what a cache holds is
+    the model's own affair."""
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 
 from evenbits.comms.codecs.base import Codec
@@ -15,7 +15,7 @@ CODECS: dict[str, str] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def get(spec: str) -> Codec:
     """The codec of a spelling, such as "bf16". Raises EvenbitsError for a name that is not in `CODECS`."""
     if not isinstance(spec, str):

@@ -1,0 +1,219 @@
+"""Follows per-channel scale factors through a forward: which values carry the channels of which sources.
+
+While the model runs, every value gets *labels*: for each element the variable (variables.py) of the factor it would be
+multiplied by if its source were scaled. They are kept in broadcast form: a [N, C, H, W] value whose channels come from
+a convolution has labels of shape [1, C, 1, 1]. The rules per operation are in rules.py; an operation without a rule
+fixes what it reads. Values without labels are not scaled by anything.
+
+Nothing here knows an architecture. Repeated heads (grouped-query attention), flattened pictures, concatenations,
+residual additions and slices of fused projections come out of running the rearranging operations on the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from evenbits.graph.rules import RULES, Opaque, base_name
+from evenbits.graph.variables import ONE, Source, Variables
+from evenbits.nn.layout import Layout
+
+_READS_NOTHING = frozenset(
+    "empty_like zeros_like ones_like full_like rand_like randn_like new_zeros new_empty new_ones new_full "
+    "new_empty_strided sym_size size".split()
+)
+
+
+class ChannelFlow:
+    """Labels of the values of one forward. layers: the matrix layers whose weights may be scaled (name → layout)."""
+
+    def __init__(self, layers: Mapping[str, Layout], owned: Mapping[int, str]) -> None:
+        self.layers = layers
+        self.variables = Variables()
+        self.labels: dict[int, torch.Tensor] = {}
+        self.sources: list[Source] = []
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.touched: dict[str, str] = {}
+        self._scopes: dict[str, set[int]] = {}
+        self._owned = owned  # parameter value → layer that owns it
+        self._parameters: dict[int, str] = {}
+        self._sources: dict[tuple[str, bool, float], Source] = {}
+        self._opaque: set[int] = set()
+        self._inside: list[str] = []
+
+    def add_parameter(self, value: int, name: str) -> None:
+        """Names a parameter's value; what belongs to a layer is not a source of its own."""
+        if value not in self._owned:
+            self._parameters[value] = name
+
+    def enter(self, name: str, value: int, shape: Sequence[int]) -> None:
+        """A layer is called on a value."""
+        self._inside.append(name)
+        layout = self.layers[name]
+        labels = self.labels.get(value)
+        if labels is None:
+            labels = torch.full((1,) * len(shape), ONE)
+        along = [1] * len(shape)
+        along[layout.channel_dim] = layout.in_channels
+        if any(size not in (1, wanted) for size, wanted in zip(labels.shape, along, strict=True)):
+            self.variables.fix(labels, f"its factors do not lie along the channels of {name}")
+            labels = torch.full((1,) * len(shape), ONE)
+        channels_I = labels.expand(along).flatten()
+        if name in self.inputs:
+            self.variables.unify(self.inputs[name], channels_I)
+        self.inputs[name] = channels_I
+
+    def leave(self, name: str, outputs: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """A layer returned values (with their shapes)."""
+        self._inside.pop()
+        layout = self.layers[name]
+        rows = self.source(name, True, 0.0, layout.out_channels).variables
+        for value, shape in outputs:
+            if shape[layout.channel_dim] == layout.out_channels:
+                self.labels[value] = layout.on_activation(rows, len(shape))
+
+    def source(self, name: str, rows: bool, offset: float, size: int) -> Source:
+        """The source of a layer's rows or a parameter, the same one each time it is used."""
+        key = (name, rows, offset)
+        if key not in self._sources:
+            self._sources[key] = Source(name, rows, offset, self.variables.new(size), size)
+            self.sources.append(self._sources[key])
+        return self._sources[key]
+
+    def parameter_of(self, labels: torch.Tensor) -> str | None:
+        """The parameter whose elements these labels are, one by one (offset 0), or None."""
+        first = int(labels.flatten()[0])
+        for (name, rows, offset), source in self._sources.items():
+            same = source.first == first and source.size == labels.numel()
+            if same and not rows and offset == 0 and torch.equal(labels.flatten(), source.variables):
+                return name
+        return None
+
+    def step(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        value_of: Callable[[torch.Tensor], int],
+        place: str,
+        read: Mapping[int, int],
+        sharing: set[int],
+    ) -> None:
+        """One operation. read: tensor id → value before the operation; value_of: the value a tensor holds now; place:
+        the module it runs in; sharing: values in the memory that it writes to."""
+        name = base_name(func)
+        if name in _READS_NOTHING:
+            return
+        values = [read[id(leaf)] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for value in values:
+            owner = self._owned.get(value)
+            if owner is not None and owner not in self._inside:
+                self.touched[owner] = f"its parameters are also read by {name} in {place or 'the model'}"
+        if self._inside:
+            return
+        where = f" in {place or 'the model'}"
+        look = _Look(self, read, where)
+        found: Any = None
+        try:
+            if name not in RULES:
+                raise Opaque
+            found = RULES[name](look, func, args, dict(kwargs), output)
+        except Opaque:
+            for value in {*values, *sharing}:
+                self._close(value, f"its tensor is also read by {name}{where}")
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.see(place, (value_of(tensor) for tensor in outputs))
+        for tensor, labels in zip(outputs, found if isinstance(found, list) else [found], strict=False):
+            if labels is not None:
+                self.labels[value_of(tensor)] = labels
+
+    def _close(self, value: int, reason: str) -> None:
+        if value in self._parameters:
+            self._opaque.add(value)
+        if value in self.labels:
+            self.variables.fix(self.labels[value], reason)
+
+    def see(self, scope: str, values: Iterable[int]) -> None:
+        """Values that the code of a module's forward has in its hands."""
+        self._scopes.setdefault(scope, set()).update(values)
+
+    def finish(self, escaped: set[int]) -> None:
+        """Fixes what leaves the model, what belongs to layers whose parameters others read, too, and what a layer that
+        did not run this time (an expert nothing was routed to) could read when it does."""
+        for value in escaped & set(self.labels):
+            self.variables.fix(self.labels[value], "its tensor is an output of the model")
+        for name, reason in self.touched.items():
+            if (name, True, 0.0) in self._sources:
+                self.variables.fix(self._sources[name, True, 0.0].variables, reason)
+            if name in self.inputs:
+                self.variables.fix(self.inputs[name], reason)
+        for name in self.layers.keys() - self.inputs.keys():
+            above = name
+            while above and above not in self._scopes:
+                above = above.rpartition(".")[0]
+            for value in self._scopes.get(above, set()) & set(self.labels):
+                self.variables.fix(self.labels[value], f"{name}, which did not run, may read it")
+
+    def parameter_labels(self, value: int, shape: torch.Size) -> torch.Tensor | None:
+        """Labels of a parameter that varies along one dimension at most, or None."""
+        name = self._parameters.get(value)
+        size = max(shape, default=1)
+        if name is None or shape.numel() != size or size == 1:
+            return None
+        if value not in self.labels:
+            source = self.source(name, False, 0.0, size)
+            self.labels[value] = source.variables.view(shape)
+        if value in self._opaque:
+            self.variables.fix(self.labels[value], f"{name} is used in more than one way")
+        return self.labels[value]
+
+
+class _Look:
+    """What a rule may ask and do."""
+
+    def __init__(self, flow: ChannelFlow, read: Mapping[int, int], place: str) -> None:
+        self._flow, self._read, self.place = flow, read, place
+        self.variables = flow.variables
+
+    def labels(self, tensor: Any) -> torch.Tensor | None:
+        """The labels of an argument, or None if it carries none (numbers, too)."""
+        return self._flow.labels.get(self._read[id(tensor)]) if isinstance(tensor, torch.Tensor) else None
+
+    def parameter(self, tensor: Any) -> torch.Tensor | None:
+        """The labels of an argument if it is a parameter, or derived from one element by element."""
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        found = self._flow.parameter_labels(self._read[id(tensor)], tensor.shape)
+        if found is None:
+            found = self.labels(tensor)
+            if found is None or not self.is_parameter(found):
+                return None
+        return found
+
+    def is_parameter(self, labels: torch.Tensor) -> bool:
+        """Whether labels are those of a parameter, each element once."""
+        return self._flow.parameter_of(labels) is not None or self._offset(labels) is not None
+
+    def _offset(self, labels: torch.Tensor) -> Source | None:
+        first = int(labels.flatten()[0])
+        for source in self._flow.sources:
+            if source.first == first and not source.rows and torch.equal(labels.flatten(), source.variables):
+                return source
+        return None
+
+    def shifted(self, labels: torch.Tensor, offset: float) -> torch.Tensor | None:
+        """Labels of (offset + parameter), which is scaled by changing the parameter; None if it is no parameter."""
+        name = self._flow.parameter_of(labels)
+        if name is None:
+            return None
+        self.fix(labels, f"{name} is used as {offset:g} + {name}")
+        return self._flow.source(name, False, offset, labels.numel()).variables.view(labels.shape)
+
+    def fix(self, labels: torch.Tensor | None, reason: str) -> None:
+        """Fixes labels at one."""
+        if labels is not None:
+            self._flow.variables.fix(labels, reason)

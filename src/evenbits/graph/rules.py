@@ -1,0 +1,268 @@
+"""How each operation passes per-channel factors on. An operation that has no rule here does not commute with them.
+
+| operations                               | rule                                                             |
+|------------------------------------------|------------------------------------------------------------------|
+| views, permutations, slices, cat, index  | run on the labels themselves                                     |
+| ReLU, LeakyReLU, PReLU, abs, copies      | f(s·x) = s·f(x) for s > 0: labels pass                           |
+| pooling, upsampling, padding with zeros  | mix positions, never channels: labels along channels pass        |
+| mean, sum over positions                 | the same                                                         |
+| a + b                                    | both must carry the same factors                                 |
+| a · b                                    | one of them carries, the other is fixed; a parameter carries     |
+| attention · values, a @ b                | linear in b along its last dimension: b carries                  |
+| LayerNorm, GroupNorm, RMSNorm, BatchNorm | the input is fixed; gain and bias are sources                    |
+
+Rules return labels for the output (a list for several outputs) or raise `Opaque`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from evenbits.graph.variables import ONE
+
+_LARGEST = 2**27  # elements of a value whose labels are rearranged
+
+
+class Opaque(Exception):
+    """The operation does not commute with per-channel factors as it is used here."""
+
+
+def base_name(func: Any) -> str:
+    """ "relu" for aten.relu_.default: the operation's name without namespace, in-place mark and overload."""
+    name: str = func._schema.name.rpartition("::")[2]
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _same(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    return look.labels(args[0])
+
+
+def _copy(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    labels = look.labels(args[0])
+    return labels if labels is not None else look.parameter(args[0])
+
+
+def _rearranged(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    data = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+    labels = [_copy(look, func, (x,), kwargs, output) for x in data]
+    if all(found is None for found in labels):
+        return None
+    if any(x.numel() > _LARGEST for x in data):
+        raise Opaque
+    full = [
+        (torch.full((1,) * x.ndim, ONE) if found is None else found).expand(x.shape).contiguous()
+        for x, found in zip(data, labels, strict=True)
+    ]
+    first = full if isinstance(args[0], (list, tuple)) else full[0]
+    to_cpu = lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "device", "memory_format")}
+    result = func(first, *tree_map(to_cpu, tuple(args[1:])), **tree_map(to_cpu, kwargs))
+    return [_compressed(part) for part in result] if isinstance(result, (list, tuple)) else _compressed(result)
+
+
+def _compressed(labels: torch.Tensor) -> torch.Tensor:
+    """Labels with every dimension along which they do not vary at size one."""
+    for dim, size in enumerate(labels.shape):
+        if size > 1 and bool((labels == labels.narrow(dim, 0, 1)).all()):
+            labels = labels.narrow(dim, 0, 1)
+    return labels.contiguous()
+
+
+def _positions(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Operations that change the sizes of dimensions along which nothing varies, and only those."""
+    labels = look.labels(args[0])
+    if labels is None:
+        return None
+    first = output[0] if isinstance(output, (list, tuple)) else output
+    changed = [i for i, (a, b) in enumerate(zip(args[0].shape, first.shape, strict=True)) if a != b]
+    spatial = range(labels.ndim - _spatial(base_name(func)), labels.ndim)
+    if any(labels.shape[dim] > 1 for dim in {*changed, *spatial}):
+        raise Opaque
+    return [labels] if isinstance(output, (list, tuple)) else labels
+
+
+def _spatial(name: str) -> int:
+    """How many trailing dimensions an operation mixes."""
+    return next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
+
+
+def _padded(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    labels = look.labels(args[0])
+    fill = args[2] if len(args) > 2 else kwargs.get("value", 0)
+    if labels is None:
+        return None
+    changed = [i for i, (a, b) in enumerate(zip(args[0].shape, output.shape, strict=True)) if a != b]
+    if fill or any(labels.shape[dim] > 1 for dim in changed):
+        raise Opaque
+    return labels
+
+
+def _reduced(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    labels = look.labels(args[0])
+    if labels is None:
+        return None
+    if len(args) < 2 or args[1] is None:
+        raise Opaque
+    dims = {dim % labels.ndim for dim in (args[1] if isinstance(args[1], (list, tuple)) else [args[1]])}
+    keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+    if any(labels.shape[dim] > 1 for dim in dims):
+        raise Opaque
+    kept = [size for dim, size in enumerate(labels.shape) if dim not in dims]
+    return labels if keep else labels.reshape(kept)
+
+
+def _added(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    a, b = args[0], args[1]
+    left, right = look.labels(a), look.labels(b)
+    if not isinstance(b, torch.Tensor) or not isinstance(a, torch.Tensor) or 1 in (a.numel(), b.numel()):
+        number, tensor = (a, b) if not isinstance(a, torch.Tensor) or a.numel() == 1 < b.numel() else (b, a)
+        return _plus_number(look, tensor, number)
+    left = left if left is not None else look.parameter(a) if right is not None else None
+    right = right if right is not None else look.parameter(b) if left is not None else None
+    if left is None and right is None:
+        return None
+    if left is None or right is None:
+        raise Opaque
+    ndim = max(left.ndim, right.ndim)
+    left, right = _padded_dims(left, ndim), _padded_dims(right, ndim)
+    look.variables.unify(left, right)
+    shape = torch.broadcast_shapes(left.shape, right.shape)
+    return left.expand(shape).contiguous()
+
+
+def _plus_number(look: Any, tensor: torch.Tensor, number: Any) -> Any:
+    labels = look.labels(tensor)
+    labels = labels if labels is not None else look.parameter(tensor)
+    if labels is None or (isinstance(number, (int, float)) and number == 0):
+        return labels
+    offset = float(number) if isinstance(number, (int, float)) else None
+    shifted = None if offset is None else look.shifted(labels, offset)
+    if shifted is None:
+        raise Opaque
+    return shifted
+
+
+def _multiplied(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    a, b = args[0], args[1]
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return look.labels(a if isinstance(a, torch.Tensor) else b)
+    left, right = look.labels(a), look.labels(b)
+    for gain, wide, other in ((look.parameter(b), a, left), (look.parameter(a), b, right)):
+        if gain is not None and output is not a and gain.numel() < wide.numel():
+            look.fix(other, "it is multiplied by a parameter, which is scaled instead")
+            return _padded_dims(gain, output.ndim)
+    left, right = look.labels(a), look.labels(b)
+    if left is not None and right is not None:
+        if bool(torch.isin(look.variables.find(left), look.variables.find(right)).any()):
+            raise Opaque  # a square
+        # The product is scaled through one factor only. What is fixed already cannot carry it.
+        first = output is a or bool(look.variables.free(left).all())
+        carrier, other = (left, right) if first else (right, left)
+        look.fix(other, "it is multiplied by a tensor that is scaled instead")
+    else:
+        carrier = left if left is not None else right
+        if output is a and left is None and right is not None:
+            raise Opaque
+    return None if carrier is None else _padded_dims(carrier, output.ndim)
+
+
+def _padded_dims(labels: torch.Tensor, ndim: int) -> torch.Tensor:
+    return labels.view((1,) * (ndim - labels.ndim) + tuple(labels.shape))
+
+
+def _divided(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    a, b = args[0], args[1]
+    look.fix(look.labels(b), "something is divided by it")
+    labels = look.labels(a)
+    return None if labels is None else _padded_dims(labels, output.ndim)
+
+
+def _product(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    a, b = args[0], args[1]
+    look.fix(look.labels(a), f"it is the left factor of {base_name(func)}")
+    labels = look.labels(b)
+    if labels is None:
+        return None
+    if labels.shape[-2] > 1:
+        raise Opaque
+    return labels
+
+
+def _attention(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    query, key, value = args[:3]
+    look.fix(look.labels(query), "it is a query of attention")
+    look.fix(look.labels(key), "it is a key of attention")
+    labels = look.labels(value)
+    if labels is None:
+        return None
+    if labels.ndim != 4 or labels.shape[2] > 1:
+        raise Opaque
+    repeats = query.shape[1] // value.shape[1]
+    return [labels.repeat_interleave(repeats, dim=1) if labels.shape[1] > 1 else labels]
+
+
+def _normed(gain_at: int, shift_at: int | None, channel_dim: int) -> Callable[..., Any]:
+    def rule(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        x = args[0]
+        name = base_name(func).removeprefix("native_")
+        look.fix(look.labels(x), f"its tensor is also read by {name}{look.place}")
+        gain = look.parameter(args[gain_at]) if len(args) > gain_at else None
+        gain = gain if gain is not None else look.labels(args[gain_at]) if len(args) > gain_at else None
+        shift = args[shift_at] if shift_at is not None and len(args) > shift_at else None
+        if gain is None or gain.ndim != 1:
+            look.fix(gain, "a norm's gain of more than one dimension")
+            return None
+        if shift is not None:
+            found = look.parameter(shift)
+            found = found if found is not None else look.labels(shift)
+            if found is None:
+                look.fix(gain, "its bias is no parameter")
+                return None
+            look.variables.unify(gain, found)
+        shape = [1] * x.ndim
+        shape[channel_dim] = -1
+        labels = gain.view(shape)
+        return [labels] if isinstance(output, (list, tuple)) else labels
+
+    return rule
+
+
+def _named(words: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return dict.fromkeys(words.split(), rule)
+
+
+_VIEWS = """view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice select split
+split_with_sizes unsafe_split chunk unbind flatten unflatten movedim repeat repeat_interleave cat stack index_select
+index roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
+_POOLS = """max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d adaptive_avg_pool{n}d _adaptive_avg_pool{n}d
+adaptive_max_pool{n}d reflection_pad{n}d replication_pad{n}d upsample_nearest{n}d"""
+_UPSAMPLED = "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
+_ATTENTIONS = """scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_flash_attention
+_scaled_dot_product_flash_attention_for_cpu
+_scaled_dot_product_efficient_attention
+_scaled_dot_product_cudnn_attention"""
+_BATCH_NORMS = """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
+_batch_norm_with_update batch_norm"""
+
+RULES: dict[str, Callable[..., Any]] = {
+    **_named("relu leaky_relu abs neg _prelu_kernel", _same),
+    **_named("clone _to_copy contiguous alias detach lift_fresh positive", _copy),
+    **_named(_VIEWS, _rearranged),
+    **{name: rule for n in (1, 2, 3) for name, rule in _named(_POOLS.format(n=n), _positions).items()},
+    **_named(_UPSAMPLED, _positions),
+    "constant_pad_nd": _padded,
+    **_named("mean sum", _reduced),
+    **_named("add sub", _added),
+    "mul": _multiplied,
+    "div": _divided,
+    **_named("bmm matmul mm", _product),
+    **_named(_ATTENTIONS, _attention),
+    "native_layer_norm": _normed(2, 3, -1),
+    **_named("_fused_rms_norm rms_norm", _normed(2, None, -1)),
+    "native_group_norm": _normed(1, 2, 1),
+    **_named(_BATCH_NORMS, _normed(1, 2, 1)),
+}
