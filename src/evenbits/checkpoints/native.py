@@ -26,13 +26,13 @@ from evenbits.checkpoints.files import WEIGHTS, check_config, check_files, read_
 from evenbits.checkpoints.state import State, model_state, restore
 from evenbits.errors import CheckpointError, EvenbitsError
 from evenbits.nn.base import QuantizedLayer
-from evenbits.nn.conv import QConv2d
+from evenbits.nn.conv import CONVOLUTIONS, QConv, QConvTranspose
 from evenbits.nn.linear import QLinear
 from evenbits.nn.replace import replace_modules
 from evenbits.numerics.format import Format
 
 VERSION = 1
-_KINDS: dict[str, type[QuantizedLayer]] = {"linear": QLinear, "conv2d": QConv2d}
+_KINDS: dict[str, type[QuantizedLayer]] = {"linear": QLinear} | {k.lower(): c for k, c in CONVOLUTIONS.items()}
 _LARGEST = 2**48  # elements of one layer; more is no real checkpoint
 _SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_multiplier")
 _MARGIN = 8 * 1024 * 1024  # config, tokenizer and file system overhead
@@ -108,7 +108,7 @@ def _layer_config(layer: QuantizedLayer) -> dict[str, Any]:
         "permutation": 0 if layer.input_permutation is None else layer.input_permutation.numel(),
         "bias": layer.bias is not None,
     }
-    return {**config, "geometry": layer.geometry} if isinstance(layer, QConv2d) else config
+    return {**config, "geometry": layer.geometry} if isinstance(layer, QConv) else config
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -147,9 +147,13 @@ def _check_place(name: str, layer: QuantizedLayer, present: nn.Module) -> None:
     """Raises CheckpointError unless `present` is a float layer of the kind and shape that `layer` replaces."""
     weight = getattr(present, "weight", None)
     shape = getattr(present, "weight_shape", tuple(weight.shape) if isinstance(weight, torch.Tensor) else ())
-    if isinstance(layer, QConv2d):
-        geometry = QConv2d.geometry_of(present) if isinstance(present, nn.Conv2d) else {}
-        fits = shape == layer.weight_shape and (geometry == layer.geometry or type(present) is QConv2d)
+    if isinstance(layer, QConv):
+        floating = type(present) is layer.replaces
+        geometry = QConv.geometry_of(present) if floating else {}
+        if floating and isinstance(layer, QConvTranspose):  # torch stores [in, out/groups, k…]
+            groups = int(geometry["groups"])
+            shape = (shape[1] * groups, shape[0] // groups, *shape[2:])
+        fits = shape == layer.weight_shape and (geometry == layer.geometry or type(present) is type(layer))
     else:
         # Hugging Face's Conv1D holds its weight as [in, out].
         turned = type(present).__name__ == "Conv1D"
@@ -187,9 +191,10 @@ def _empty_layers(config: dict[str, Any]) -> dict[str, QuantizedLayer]:
 def _empty_layer(entry: dict[str, Any]) -> QuantizedLayer:
     kind = _KINDS[entry["kind"]]
     shape = tuple(int(size) for size in entry["shape"])
-    if len(shape) != (4 if kind is QConv2d else 2) or min(shape) < 1 or prod(shape) > _LARGEST:
+    spatial = kind.spatial if issubclass(kind, QConv) else 0
+    if len(shape) != 2 + spatial or min(shape) < 1 or prod(shape) > _LARGEST:
         raise ValueError(f"shape {list(shape)} does not suit kind {entry['kind']!r}")
-    groups = int(entry["geometry"]["groups"]) if kind is QConv2d else 1
+    groups = int(entry["geometry"]["groups"]) if spatial else 1
     if entry["multiplier"] not in (0, shape[1] * groups):
         raise ValueError(f"{entry['multiplier']!r} multipliers for {shape[1] * groups} channels")
     return kind.empty(
@@ -201,7 +206,7 @@ def _empty_layer(entry: dict[str, Any]) -> QuantizedLayer:
         multiplier=int(entry["multiplier"]),
         permutation=int(entry["permutation"]),
         bias=torch.float32 if entry["bias"] else None,
-        **({"geometry": entry["geometry"]} if kind is QConv2d else {}),
+        **({"geometry": entry["geometry"]} if spatial else {}),
     )
 
 

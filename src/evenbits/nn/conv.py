@@ -1,20 +1,24 @@
-"""`QConv2d`: a 2-D convolution whose weight is integer codes, computed in integers through im2col.
+"""Convolutions whose weight is integer codes: 1-D, 2-D and 3-D, grouped, depthwise and transposed, in exact integers.
 
 One activation scale per tensor (static) or per image (dynamic: a pixel's channels are spread over neighbouring outputs,
-so "per token" has no meaning here). Padding writes the code of zero. The weight's matrix view is (O, C/groups · kh ·
-kw).
+so "per token" has no meaning here). Padding writes the code of zero. The weight's matrix view is (O, C/groups · k), out
+first for transposed convolutions, too.
 
-Grouped and depthwise convolutions are short sums; they run as float32 convolutions of the integer codes, which are
-exact while C/groups · kh · kw ≤ 1024, and group by group above.
-N: images, C: channels, H, W: height, width, O: out channels, P: output pixels of an image, K: C/groups · kh · kw.
+Plain convolutions are matrix products of integers over im2col windows. Grouped, depthwise and transposed ones are sums
+too short for that; they run as float32 convolutions of the integer codes, in slices of at most 1024 products a sum,
+which float32 holds exactly.
+N: images, C: channels, k: kernel positions, O: out channels, P: output pixels of an image, K: C/groups · k.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from math import prod
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
@@ -27,8 +31,12 @@ from evenbits.numerics.qtensor import QTensor
 _EXACT_FLOAT32_K = 1024
 
 
-class QConv2d(QuantizedLayer):
-    """x [N, C, H, W] (or [C, H, W]) → [N, O, H', W']. Replaces nn.Conv2d."""
+class QConv(QuantizedLayer):
+    """x [N, C, …] (or [C, …]) → [N, O, …]. Base of the classes below, which say how many dimensions there are."""
+
+    replaces: ClassVar[type[nn.Module]]
+    spatial: ClassVar[int]
+    convolve: ClassVar[Callable[..., torch.Tensor]]
 
     def __init__(
         self,
@@ -51,36 +59,41 @@ class QConv2d(QuantizedLayer):
         self.padding_mode = str(geometry["padding_mode"])
 
     @staticmethod
-    def geometry_of(conv: nn.Conv2d) -> dict[str, Any]:
-        """Stride, dilation, groups and explicit padding [left, right, top, bottom] of a float convolution."""
-        return {
-            "stride": list(conv.stride),
-            "dilation": list(conv.dilation),
+    def geometry_of(conv: nn.Module) -> dict[str, Any]:
+        """Stride, dilation, groups and padding of a float convolution: explicit (left, right, top, …) for a plain one;
+        for a transposed one as it has it, with its output padding."""
+        transposed = isinstance(conv, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        # torch keeps the padding of every mode, "same" and "valid" included, in the order of F.pad.
+        padding: Any = conv.padding if transposed else conv._reversed_padding_repeated_twice
+        geometry: dict[str, Any] = {
+            "stride": list(conv.stride),  # type: ignore[arg-type]
+            "dilation": list(conv.dilation),  # type: ignore[arg-type]
             "groups": conv.groups,
-            # torch keeps the padding of every mode, "same" and "valid" included, in the order of F.pad.
-            "padding": list(conv._reversed_padding_repeated_twice),
+            "padding": list(padding),
             "padding_mode": conv.padding_mode,
         }
+        return {**geometry, "output_padding": list(conv.output_padding)} if transposed else geometry  # type: ignore[arg-type]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Conv2d's word: it may be called by keyword
         x = self.checked(input)
-        if x.ndim == 3:
+        if x.ndim == self.spatial + 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         if not self.is_integer or self.input_format is None:
             x = self.quantized_input(x)
-            weight = self.qweight().dequantize(x.dtype).view(self.weight_shape)
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.conv2d(self._pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
+            return self._float(x, self.qweight().dequantize(x.dtype), None if self.bias is None else self.bias.to(x))
         codes_NK, scale_N1, _ = quantize_rows(
             self.balanced_input(x).flatten(1), self.input_format, scale=self.input_scale
         )
-        product_NOHW = self._integer_conv(self._pad(codes_NK.view(x.shape)))
-        y = product_NOHW.float() * (scale_N1 * self.weight_scales().reshape(1, -1))[:, :, None, None]
-        return (y if self.bias is None else y + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+        product_NO = self._integer(codes_NK.view(x.shape))
+        ones = (1,) * self.spatial
+        y = product_NO.float() * (scale_N1 * self.weight_scales().reshape(1, -1)).view(len(x), -1, *ones)
+        return (y if self.bias is None else y + self.bias.view(1, -1, *ones)).to(x.dtype)
 
     def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x [N, C, H, W] times the multiplier of its channels, in float32, if there is one."""
-        return x if self.input_multiplier is None else x.float() * self.input_multiplier.view(1, -1, 1, 1)
+        """x [N, C, …] times the multiplier of its channels, in float32, if there is one."""
+        if self.input_multiplier is None:
+            return x
+        return x.float() * self.input_multiplier.view(1, -1, *(1,) * self.spatial)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input as its format has it (each image one row), in x's type."""
@@ -90,34 +103,121 @@ class QConv2d(QuantizedLayer):
         rounded = fake_quantize(images.flatten(1), self.input_format, scale=self.input_scale)
         return rounded.view(x.shape).to(x.dtype)
 
-    def _pad(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        if not any(self.padding):
-            return x_NCHW
-        if self.padding_mode == "zeros":
-            return nn.functional.pad(x_NCHW, self.padding)
-        # The other modes copy pixels; torch has them for floats only, and float32 holds every code.
-        floats = x_NCHW if x_NCHW.dtype == torch.float64 else x_NCHW.float()
-        padded = nn.functional.pad(floats, self.padding, mode=self.padding_mode)
-        return padded.to(x_NCHW.dtype)
+    def _float(self, x: torch.Tensor, weight_OK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = weight_OK.view(self.weight_shape)
+        return type(self).convolve(self._pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
 
-    def _integer_conv(self, codes_NCHW: torch.Tensor) -> torch.Tensor:
-        """Exact int32 [N, O, H', W'] of int8 codes that are padded already."""
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        if not any(self.padding):
+            return x
+        if self.padding_mode == "zeros":
+            return F.pad(x, self.padding)
+        # The other modes copy pixels; torch has them for floats only, and float32 holds every code.
+        floats = x if x.dtype == torch.float64 else x.float()
+        return F.pad(floats, self.padding, mode=self.padding_mode).to(x.dtype)
+
+    def _integer(self, codes: torch.Tensor) -> torch.Tensor:
+        """Exact int32 [N, O, …] of int8 codes."""
         weight_OK = self.weight_codes()
         if self.groups > 1 and weight_OK.shape[1] <= _EXACT_FLOAT32_K:
-            weight = weight_OK.view(self.weight_shape).float()
-            with without_autocast(weight.device):
-                codes = codes_NCHW.float()
-                exact = nn.functional.conv2d(codes, weight, None, self.stride, 0, self.dilation, self.groups)
-            return exact.round_().to(torch.int32)  # rounded: a Winograd backend is off by far less than 0.5
-        parts = zip(codes_NCHW.chunk(self.groups, dim=1), weight_OK.chunk(self.groups, dim=0), strict=True)
-        return torch.cat([self._im2col_product(codes, weight) for codes, weight in parts], dim=1)
+            return exact(lambda: self._float(codes.float(), weight_OK.float(), None), codes.device)
+        codes = self._pad(codes)
+        parts = zip(codes.chunk(self.groups, dim=1), weight_OK.chunk(self.groups, dim=0), strict=True)
+        return torch.cat([self._im2col_product(part, weight) for part, weight in parts], dim=1)
 
-    def _im2col_product(self, codes_NCHW: torch.Tensor, weight_OK: torch.Tensor) -> torch.Tensor:
-        (kh, kw), (dh, dw) = self.weight_shape[2:], self.dilation
-        windows = codes_NCHW.unfold(2, dh * (kh - 1) + 1, self.stride[0]).unfold(3, dw * (kw - 1) + 1, self.stride[1])
-        windows = windows[..., ::dh, ::dw]  # [N, C, H', W', kh, kw]
-        images, _, height, width = windows.shape[:4]
-        rows, columns = weight_OK.shape
-        columns_PK = windows.permute(0, 2, 3, 1, 4, 5).reshape(images * height * width, columns)
+    def _im2col_product(self, codes: torch.Tensor, weight_OK: torch.Tensor) -> torch.Tensor:
+        n, windows = self.spatial, codes
+        for axis, (size, step, apart) in enumerate(zip(self.weight_shape[2:], self.stride, self.dilation, strict=True)):
+            windows = windows.unfold(2 + axis, apart * (size - 1) + 1, step)[..., ::apart]
+        shape = (len(codes), *windows.shape[2 : 2 + n])  # of [N, C, output pixels…, kernel positions…]
+        order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
+        columns_PK = windows.permute(order).reshape(prod(shape), weight_OK.shape[1])
         product_PO = int8_matmul(columns_PK, weight_OK)
-        return product_PO.view(images, height, width, rows).permute(0, 3, 1, 2)
+        return product_PO.view(*shape, len(weight_OK)).movedim(-1, 1)
+
+
+class QConvTranspose(QConv):
+    """Transposed convolutions; `weight_shape` is out first, [O, C/groups, k…]."""
+
+    def __init__(self, *args: Any, geometry: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, geometry=geometry, **kwargs)
+        self.output_padding = tuple(geometry["output_padding"])
+
+    def _float(self, x: torch.Tensor, weight_OK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._transposed(x, self._stored(weight_OK, self.groups), bias, self.groups)
+
+    def _transposed(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: int
+    ) -> torch.Tensor:
+        where = (self.stride, self.padding, self.output_padding, groups, self.dilation)
+        return type(self).convolve(x, weight, bias, *where)
+
+    def _stored(self, weight_OK: torch.Tensor, groups: int) -> torch.Tensor:
+        """Rows of outputs as torch stores them: [C, O/groups, k…]."""
+        kernel = self.weight_shape[2:]
+        parts = weight_OK.reshape(groups, len(weight_OK) // groups, -1, *kernel).transpose(1, 2)
+        return parts.reshape(-1, len(weight_OK) // groups, *kernel)
+
+    def _integer(self, codes: torch.Tensor) -> torch.Tensor:
+        weight_OK, positions = self.weight_codes(), prod(self.weight_shape[2:])
+        if weight_OK.shape[1] <= _EXACT_FLOAT32_K:
+            return exact(lambda: self._float(codes.float(), weight_OK.float(), None), codes.device)
+        step = max(1, _EXACT_FLOAT32_K // positions)
+        parts = zip(codes.chunk(self.groups, dim=1), weight_OK.chunk(self.groups, dim=0), strict=True)
+        return torch.cat([self._sliced(part, weight, step) for part, weight in parts], dim=1)
+
+    def _sliced(self, codes: torch.Tensor, weight_OK: torch.Tensor, step: int) -> torch.Tensor:
+        weight = self._stored(weight_OK, 1).float()
+        slices = [
+            exact(lambda x=x, w=w: self._transposed(x.float(), w, None, 1), codes.device)  # type: ignore[misc]
+            for x, w in zip(codes.split(step, dim=1), weight.split(step, dim=0), strict=True)
+        ]
+        return torch.stack(slices).sum(dim=0, dtype=torch.int32)
+
+
+def exact(convolution: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """A float32 convolution of integer codes as int32. Rounded: a Winograd backend is off by far less than 0.5."""
+    with without_autocast(device):
+        return convolution().round_().to(torch.int32)
+
+
+class QConv1d(QConv):
+    """Replaces nn.Conv1d."""
+
+    replaces, spatial, convolve = nn.Conv1d, 1, staticmethod(F.conv1d)
+
+
+class QConv2d(QConv):
+    """Replaces nn.Conv2d."""
+
+    replaces, spatial, convolve = nn.Conv2d, 2, staticmethod(F.conv2d)
+
+
+class QConv3d(QConv):
+    """Replaces nn.Conv3d."""
+
+    replaces, spatial, convolve = nn.Conv3d, 3, staticmethod(F.conv3d)
+
+
+class QConvTranspose1d(QConvTranspose):
+    """Replaces nn.ConvTranspose1d."""
+
+    replaces, spatial, convolve = nn.ConvTranspose1d, 1, staticmethod(F.conv_transpose1d)
+
+
+class QConvTranspose2d(QConvTranspose):
+    """Replaces nn.ConvTranspose2d."""
+
+    replaces, spatial, convolve = nn.ConvTranspose2d, 2, staticmethod(F.conv_transpose2d)
+
+
+class QConvTranspose3d(QConvTranspose):
+    """Replaces nn.ConvTranspose3d."""
+
+    replaces, spatial, convolve = nn.ConvTranspose3d, 3, staticmethod(F.conv_transpose3d)
+
+
+CONVOLUTIONS: dict[str, type[QConv]] = {
+    quantized.replaces.__name__: quantized
+    for quantized in (QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d)
+}

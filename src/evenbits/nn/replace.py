@@ -6,6 +6,15 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from evenbits.nn.base import QuantizedLayer
+from evenbits.nn.conv import CONVOLUTIONS
+from evenbits.nn.linear import QLinear
+
+
+def quantized_class(kind: str) -> type[QuantizedLayer]:
+    """The integer layer that replaces a float layer of this kind (layout.py's word)."""
+    return CONVOLUTIONS.get(kind, QLinear)
+
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Callable[[], None]:
     """Replaces the named submodules of `model` wherever the same object stands. Returns what restores them."""

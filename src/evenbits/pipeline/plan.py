@@ -49,10 +49,12 @@ def weight_OI(module: nn.Module) -> torch.Tensor:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape a quantized layer states: the float weight's, for Hugging Face's Conv1D out first."""
+    """The shape a quantized layer states: the float weight's with output channels first, [O, I/groups, k…]."""
     shape = tuple(module.get_parameter("weight").shape)
     layout = layout_of(module)
-    return shape[::-1] if layout is not None and layout.kind == "Conv1D" else shape
+    if layout is None or not layout.swapped:
+        return shape
+    return (layout.out_channels, layout.in_channels // layout.groups, *shape[2:])
 
 
 def plan_layers(model: nn.Module, scheme: Scheme) -> list[LayerPlan]:

@@ -21,11 +21,13 @@ from torch import nn
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
-from evenbits.nn.conv import QConv2d
+from evenbits.nn.conv import QConv
 from evenbits.nn.qat import QATConv2d, QATLayer, QATLinear
 from evenbits.nn.replace import replace_modules
 from evenbits.pipeline.plan import LayerPlan, plan_layers, weight_OI
 from evenbits.schemes.scheme import LayerFormats, Scheme, resolve
+
+_TRAINED = ("Linear", "Conv1D", "Conv2d")
 
 
 def prepare_qat(model: nn.Module, scheme: str | Path | Mapping[str, Any] | Scheme) -> list[str]:
@@ -80,6 +82,8 @@ def convert_qat(model: nn.Module) -> None:
 
 def _without_fused(model: nn.Module, plan: LayerPlan) -> LayerPlan:
     parent = model.get_submodule(plan.name.rpartition(".")[0])
+    if not plan.reason and plan.kind not in _TRAINED:
+        return replace(plan, reason=f"training quantizes {', '.join(_TRAINED)} only")
     if plan.reason or not isinstance(parent, nn.TransformerEncoderLayer):
         return plan
     return replace(plan, reason="nn.TransformerEncoderLayer reads its weight directly in evaluation")
@@ -93,7 +97,7 @@ def _twin(module: nn.Module, formats: LayerFormats) -> QATLayer:
     bias: Any = getattr(module, "bias", None)
     twin: QATLayer
     if isinstance(module, nn.Conv2d):
-        geometry = QConv2d.geometry_of(module)
+        geometry = QConv.geometry_of(module)
         twin = QATConv2d(weight, bias, formats.weights, activation, dynamic=formats.dynamic, geometry=geometry)
     else:
         twin = QATLinear(weight, bias, formats.weights, activation, dynamic=formats.dynamic)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from evenbits.nn.conv import QConv2d
-from evenbits.nn.linear import QLinear
-from evenbits.nn.replace import replace_modules
+from evenbits.nn.layout import layout_of
+from evenbits.nn.replace import quantized_class, replace_modules
 from evenbits.numerics.format import Format
 from evenbits.observers.calibrate import first_tensor
 
@@ -31,7 +30,8 @@ class _StandIn(nn.Module):
         self.reason = ""
         # Held in a tuple so that it is no submodule: the layer has left the model.
         self._float = (layer, weight.dtype)
-        made = QConv2d if isinstance(layer, nn.Conv2d) else QLinear
+        layout = layout_of(layer)
+        made = quantized_class(layout.kind if layout is not None else "Linear")
         self._names = set(inspect.signature(made.forward).parameters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from evenbits.algorithms.base import ActivationQuantizer, LayerStats
 from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
-from evenbits.nn.conv import QConv2d
-from evenbits.nn.linear import QLinear
+from evenbits.nn.conv import QConv
+from evenbits.nn.replace import quantized_class
 from evenbits.numerics.metrics import RunningError, compare
 from evenbits.numerics.pair_statistics import PairStatistics, pair_statistics
 from evenbits.observers.calibrate import watching
@@ -90,8 +90,8 @@ def _layer(
     quantized = methods.weight(weight, scheme.of(plan.name).weights, stats, **methods.weight_options)
     multiplier = None if scale_I is None or plan.name not in balanced.multiplied else scale_I.reciprocal()
     bias = None if bias is None else bias[rows_O]
-    kwargs = {"geometry": QConv2d.geometry_of(module)} if isinstance(module, nn.Conv2d) else {}
-    make: type[QuantizedLayer] = QConv2d if isinstance(module, nn.Conv2d) else QLinear
+    make = quantized_class(plan.kind)
+    kwargs = {"geometry": QConv.geometry_of(module)} if plan.channels.spatial else {}
     layer = make(quantized, plan.shape, bias, activation, multiplier, **kwargs).to(weight.device)
     if perm_I is not None and plan.name in balanced.indexed:
         layer.input_permutation = perm_I.to(weight.device, torch.int32)
