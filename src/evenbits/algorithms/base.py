@@ -1,8 +1,12 @@
 """The three kinds of method, as signatures.
 
 weight method     f(weight_OI, format, stats, **options) -> QTensor
-balance method    f(act_absmax_I, weights_RI, *, loss=None, **options) -> Rebalance     per region
+balance method    f(act_absmax_I, weights_RI, **options) -> Rebalance, or a search for one     per region
 activation rule   f(act_stats, format) -> ActivationQuantizer
+
+A search is a generator: it yields lists of candidates and is sent, for each, the losses of the region's layers under
+the deployed quantizer. So a method can search without knowing the model, and one pass over the data serves every
+region's candidates.
 
 A decorator marks the kind and names the statistics that calibration must collect (`needs`). O: out, I: in.
 """
@@ -27,11 +31,13 @@ class Rebalance:
     scale_I: float32 [I], positive and finite: activations are divided by it, weight columns multiplied; or None.
     choice:  what to show in the result's line (such as {"alpha": 0.5}).
     perm_I:  int64 [I], a permutation: channel perm_I[i] of the input becomes channel i; or None.
+    curve:   what was tried and its loss, to be drawn: pairs (α, loss), sorted.
     """
 
     scale_I: torch.Tensor | None
     choice: dict[str, float]
     perm_I: torch.Tensor | None = None
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ Source: this project; what happens to pairs of two outliers is described in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -35,7 +35,6 @@ def repair(
     act_absmax_I: torch.Tensor,
     weights_OI: Sequence[torch.Tensor],
     *,
-    loss: Callable[[Rebalance], float] | None = None,
     threshold: float = 4.0,
 ) -> Rebalance:
     """The permutation of one region's channels; `perm_I` is None if no two hot channels share a pair.

@@ -21,6 +21,8 @@ instead multiplies a norm's gain by 10⁵, which is infinite in float16 (the ref
 Clamps. max|W_j| ≥ 1e-5 as in the reference; s is limited to [1e-4, 1e4], so that a nearly dead channel cannot claim the
 weight's whole range.
 
+α may be a number or searched per region (`auto`, algorithms/alpha.py) with the quantizer that will be deployed.
+
 Left out: the per-architecture table of which layers to smooth; regions are found by watching the model run.
 
 Source: G. Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
@@ -29,10 +31,11 @@ ICML 2023, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from evenbits.algorithms.alpha import AlphaGrid, Search, search_alpha
 from evenbits.algorithms.base import Rebalance, balance_method
 from evenbits.errors import EvenbitsError
 
@@ -43,20 +46,27 @@ _LIMITS = (1e-4, 1e4)
 @balance_method()
 def smoothquant(
     act_absmax_I: torch.Tensor,
-    weights_OI: Sequence[torch.Tensor],
+    weights_RI: Sequence[torch.Tensor],
     *,
-    loss: Callable[[Rebalance], float] | None = None,
-    alpha: float = 0.5,
-) -> Rebalance:
+    alpha: float | str = 0.5,
+    criterion: str = "loss",
+) -> Rebalance | Search:
     """Smoothing factors of one region.
 
-    act_absmax_I: [I], max |X_j| over the calibration data; weights_OI: the weights [O, I] of every layer that reads X.
-    Returns scale_I float32 [I]. Raises EvenbitsError if alpha is outside [0, 1].
+    act_absmax_I: [I], max |X_j| over the calibration data; weights_RI: of every layer that reads X, [R, I], what
+    multiplies channel j in column j. alpha: a number, `auto` or `auto:LOW:HIGH:STEP`; criterion: of the search.
+    Returns scale_I float32 [I], or the search for it. Raises EvenbitsError if alpha is outside [0, 1].
     """
+    weight_I = torch.stack([weight.detach().abs().amax(dim=0).double() for weight in weights_RI]).amax(dim=0)
+    act_I = act_absmax_I.double()
+    if isinstance(alpha, str):
+        return search_alpha(lambda a: _at(act_I, weight_I, a), AlphaGrid.parse(alpha), criterion)
+    return _at(act_I, weight_I, alpha)
+
+
+def _at(act_I: torch.Tensor, weight_I: torch.Tensor, alpha: float) -> Rebalance:
     if not 0.0 <= alpha <= 1.0:
         raise EvenbitsError(f"SmoothQuant's migration strength alpha must be between 0 and 1; given {alpha}.")
-    act_I = act_absmax_I.double()
-    weight_I = torch.stack([weight.detach().abs().amax(dim=0).double() for weight in weights_OI]).amax(dim=0)
     # alpha = 0 and alpha = 1 are legal: 0⁰ = 1 keeps the formula defined, and dead channels are handled below.
     scale_I = act_I.pow(alpha) / weight_I.clamp(min=_WEIGHT_FLOOR).pow(1 - alpha)
     dead_I = (act_I < _WEIGHT_FLOOR) | (weight_I == 0)

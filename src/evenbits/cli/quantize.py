@@ -24,7 +24,19 @@ def quantize(
     method: Annotated[
         str | None, typer.Option(help="smoothquant, olive, ant, rtn, or smoothquant+olive. Default: by the scheme.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength, 0..1. Default: 0.5.")] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(help="SmoothQuant's migration strength: 0..1, auto or auto:LOW:HIGH:STEP. Default: 0.5."),
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="Of --alpha auto: loss (of the outputs), or min, max, mean of the layers' own α.")
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="Of --alpha auto: region (each its own α), or block (one α, by its output).")
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Of --alpha auto: later blocks are tuned on quantized inputs.")
+    ] = False,
     policy: Annotated[
         str | None, typer.Option(help="Of outlier-victim pairs (method olive): optimal, paper or reference.")
     ] = None,
@@ -53,7 +65,9 @@ def quantize(
             output,
             scheme=scheme,
             method=method,
-            options={name: value for name, value in (("alpha", alpha), ("policy", policy)) if value is not None},
+            options=_options(
+                alpha=alpha, policy=policy, criterion=criterion, scope=scope, sequential=sequential or None
+            ),
             calibration=calibration,
             samples=samples,
             length=sequence_length,
@@ -67,6 +81,15 @@ def quantize(
         emit(run.to_json())
     else:
         _show(run)
+
+
+def _options(*, alpha: str | None, **others: Any) -> dict[str, Any]:
+    """Options of the methods that were given; alpha as a number where it is one."""
+    try:
+        number: float | str | None = None if alpha is None else float(alpha)
+    except ValueError:
+        number = alpha
+    return {name: value for name, value in {"alpha": number, **others}.items() if value is not None}
 
 
 def _show(run: Run) -> None:

@@ -13,11 +13,11 @@ from evenbits.numerics.format import Format
 from evenbits.observers.calibrate import watching
 from evenbits.observers.channel_range import ChannelRange
 from evenbits.observers.scale_search import ScaleSearch
-from evenbits.pipeline.balance import Balanced
+from evenbits.pipeline.balanced import Balanced
 from evenbits.pipeline.batches import KEPT
 from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.watch import Watched
-from evenbits.schemes.scheme import Scheme
+from evenbits.schemes.scheme import LayerFormats, Scheme
 
 
 def activation_quantizers(
@@ -31,13 +31,21 @@ def activation_quantizers(
         fmt = formats.input_activations
         if fmt is None or formats.dynamic or watched is None:
             found[plan.name] = None if fmt is None else ActivationQuantizer(fmt)
-        elif fmt.rule.range == "minmax" and not isinstance(fmt.dtype, (PairType, TypeChoice)):
+        elif not is_searched(formats):
             found[plan.name] = _spanning(fmt, watched.ranges[plan.name], balanced.scales.get(plan.name))
         else:
             searched[plan.name] = fmt
     if searched and watched is not None:
         found |= _searched(model, [plan for plan in plans if plan.name in searched], searched, balanced, watched)
     return found
+
+
+def is_searched(formats: LayerFormats) -> bool:
+    """Whether a layer's static activation scale is searched on data of its own, not taken from the range."""
+    fmt = formats.input_activations
+    if fmt is None or formats.dynamic:
+        return False
+    return fmt.rule.range != "minmax" or isinstance(fmt.dtype, (PairType, TypeChoice))
 
 
 def _spanning(fmt: Format, ranges: ChannelRange, scale_I: torch.Tensor | None) -> ActivationQuantizer:

@@ -3,85 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from evenbits.algorithms.alpha import Search
 from evenbits.algorithms.base import Rebalance
 from evenbits.errors import EvenbitsError
 from evenbits.graph.folding import Fold, prove
 from evenbits.graph.permuting import prove_permutation, row_producers
 from evenbits.graph.regions import Region, find_regions, same_tensor_regions
 from evenbits.nn.layout import Layout
+from evenbits.pipeline.balanced import Balanced
 from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.result import RegionRow
+from evenbits.pipeline.trials import Trials
+from evenbits.pipeline.tuning import tune
 from evenbits.pipeline.watch import Watched, without_cache
+from evenbits.schemes.scheme import Scheme
+
+_FIRST_ONLY = "α was tuned on the first {} batches: the data can be walked only once. Pass a list to tune on all of it."
 
 
-@dataclass(frozen=True)
-class Balanced:
-    """What was decided for the layers' inputs and outputs.
-
-    scales: layer → s [I]; multiplied: layers that must divide their input by s themselves; folds: the others', with the
-        s of their region; rows: layer → factor [O] of its rows and bias, because a reader's s was folded into them.
-    perms: layer → order of its input channels [I]; indexed: layers that must put them in order themselves.
-    outputs: layer → order of its output channels [O], because a reader's order was folded into it.
-    layouts: of every planned layer.
-    """
-
-    scales: dict[str, torch.Tensor] = field(default_factory=dict)
-    multiplied: frozenset[str] = frozenset()
-    folds: tuple[tuple[Fold, torch.Tensor], ...] = ()
-    row_factors: dict[str, torch.Tensor] = field(default_factory=dict)
-    perms: dict[str, torch.Tensor] = field(default_factory=dict)
-    indexed: frozenset[str] = frozenset()
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
-    rows: tuple[RegionRow, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def delivered(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The float model's input of a layer as the balanced model delivers it, before what the layer does itself."""
-        if name in self.scales and name not in self.multiplied:
-            x = self._divided(name, x)
-        if name in self.perms and name not in self.indexed:
-            x = x[..., self.perms[name].to(x.device)]
-        return x
-
-    def seen(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The float model's input of a layer as the layer's quantizer and weight meet it."""
-        if name in self.scales:
-            x = self._divided(name, x)
-        return x[..., self.perms[name].to(x.device)] if name in self.perms else x
-
-    def returned(self, name: str, y: torch.Tensor) -> torch.Tensor:
-        """The float model's output of a layer as the balanced layer has to return it."""
-        if name in self.row_factors:
-            factor_O = self.row_factors[name].to(y.device, y.dtype)
-            y = y * self.layouts[name].on_activation(factor_O, y.ndim)
-        return y[..., self.outputs[name].to(y.device)] if name in self.outputs else y
-
-    def _divided(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return x / self.layouts[name].on_activation(self.scales[name].to(x.device, x.dtype), x.ndim)
-
-
-def balance(model: nn.Module, plans: list[LayerPlan], watched: Watched, methods: Methods) -> Balanced:
+def balance(
+    model: nn.Module,
+    plans: list[LayerPlan],
+    watched: Watched,
+    scheme: Scheme,
+    methods: Methods,
+    *,
+    progress: bool = False,
+) -> Balanced:
     """Balances every region of the planned layers. Raises EvenbitsError if there is none."""
     layouts = {plan.name: plan.channels for plan in plans}
     if methods.balance is None:
         return Balanced(layouts=layouts)
     widths = {plan.name: layouts[plan.name].in_channels for plan in plans if watched.ranges[plan.name].seen}
     regions = _regions(watched, widths, layouts, permutes=methods.balance.permutes)
-    decided = {region.name: decide(model, region, watched, methods) for region in regions}
+    asked = {region.name: decide(model, region, watched, methods) for region in regions}
+    decided = {name: found for name, found in asked.items() if isinstance(found, Rebalance)}
+    searches = {name: found for name, found in asked.items() if not isinstance(found, Rebalance)}
+    if searches:
+        trials = Trials(model, {plan.name: plan for plan in plans}, scheme, methods, watched)
+        decided |= tune(trials, [region for region in regions if region.name in searches], searches, progress=progress)
     unsmoothed = _unsmoothed(plans, watched)
     if not regions:
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in unsmoothed[:5])
         raise EvenbitsError(f"smoothing was asked for and no region was smoothed. {reasons}")
     arrange = _permuted if methods.balance.permutes else _scaled
     found = arrange(model, regions, decided, watched, widths)
-    return replace(found, layouts=layouts, rows=(*found.rows, *unsmoothed))
+    notes = () if not searches or watched.source.repeatable else (_FIRST_ONLY.format(len(watched.source.kept)),)
+    return replace(found, layouts=layouts, rows=(*found.rows, *unsmoothed), notes=notes)
 
 
 def _regions(
@@ -101,11 +75,11 @@ def _regions(
     ]
 
 
-def decide(model: nn.Module, region: Region, watched: Watched, methods: Methods) -> Rebalance:
-    """What the balance method says of one region: figures per channel of the region, [width]."""
+def decide(model: nn.Module, region: Region, watched: Watched, methods: Methods) -> Rebalance | Search:
+    """What the balance method says of one region: figures per channel of the region, [width]; or its search for it."""
     absmax_S = largest_per_channel(region, {name: watched.ranges[name].absmax for name in region.layers})
     weights = [_columns(model, region, name) for name in region.layers]
-    decided: Rebalance = methods.balance(absmax_S, weights, **methods.balance_options)  # type: ignore[misc]
+    decided: Rebalance | Search = methods.balance(absmax_S, weights, **methods.balance_options)  # type: ignore[misc]
     return decided
 
 
@@ -141,7 +115,8 @@ def _scaled(
     for region in regions:
         scale_S, choice = decided[region.name].scale_I, decided[region.name].choice
         if scale_S is None:
-            rows.append(RegionRow(region.name, region.layers, "skipped", "the method left it alone", None))
+            why = "leaving it alone had the least loss" if "untouched" in choice else "the method left it alone"
+            rows.append(RegionRow(region.name, region.layers, "skipped", why, None, decided[region.name].curve))
             continue
         scales |= {name: scale_S[index.to(scale_S.device)] for name, index in region.index.items()}
         fold, reason = Fold(model, region), failed.get(region.name) or region.reason
@@ -154,7 +129,8 @@ def _scaled(
             for name, factor_O in fold.row_factors(scale_S).items():
                 row_factors[name] = row_factors.get(name, 1.0) * factor_O
         status, why = ("multiplied", reason) if reason else ("folded", f"into {region.into}")
-        rows.append(RegionRow(region.name, region.layers, status, why, choice.get("alpha")))
+        curve = decided[region.name].curve
+        rows.append(RegionRow(region.name, region.layers, status, why, choice.get("alpha"), curve))
     return Balanced(scales, frozenset(multiplied), tuple(folds), row_factors, rows=tuple(rows))
 
 

@@ -36,6 +36,8 @@ class Batches:
         self._model, self._progress = model, progress
         self._iterator: Iterator[Any] = iter(data)
         self._total = len(data) if isinstance(data, Sized) else None
+        # What gives a new iterator each time can be walked again; a generator cannot.
+        self._again = None if self._iterator is data else data
         self.kept: list[Any] = []
         self.count = 0
         for batch in self._iterator:
@@ -65,6 +67,16 @@ class Batches:
     def runs(self) -> list[Callable[[], Any]]:
         """The kept batches as forwards."""
         return [lambda batch=batch: self.run(batch) for batch in self.kept]  # type: ignore[misc]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether all batches can be walked again; else only the kept ones are."""
+        return self._again is not None or self.count <= len(self.kept)
+
+    def every(self) -> Iterator[Callable[[], Any]]:
+        """All batches as forwards once more (the kept ones, if the data cannot be walked again)."""
+        for batch in self.kept if self._again is None else self._again:
+            yield lambda batch=batch: self.run(batch)  # type: ignore[misc]
 
     def run_all(self) -> None:
         """Runs every batch once (call it once). Raises EvenbitsError naming the batch that the model cannot take."""

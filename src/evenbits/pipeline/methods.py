@@ -14,6 +14,25 @@ from evenbits.schemes.scheme import LayerFormats, Scheme
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How a balance method's search is driven. scope: "region", each by its layers' outputs, or "block": all regions of
+    a block share one choice, by the block's output. sequential: blocks are tuned in order of the forward, and later
+    ones see the quantized outputs of those before them."""
+
+    scope: str = "region"
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("region", "block"):
+            raise unknown_name("scope of the search", str(self.scope), ("region", "block"))
+        if not isinstance(self.sequential, bool):
+            raise EvenbitsError(f"option 'sequential' must be true or false; given {self.sequential!r}.")
+
+
+_TUNING = ("scope", "sequential")
+
+
+@dataclass(frozen=True)
 class Methods:
     """The functions of one run and the options of each."""
 
@@ -23,6 +42,7 @@ class Methods:
     balance: Any | None
     weight_options: dict[str, Any]
     balance_options: dict[str, Any]
+    tuning: Tuning
 
     @staticmethod
     def parse(name: str, options: Mapping[str, Any]) -> Methods:
@@ -40,11 +60,13 @@ class Methods:
         weight = found.get("weight") or algorithms.get("rtn")
         balance = found.get("balance")
         split = {kind: _own(function, options) for kind, function in (("weight", weight), ("balance", balance))}
+        split["tuning"] = {name: options[name] for name in _TUNING if name in options and balance is not None}
         for option in options:
             if not any(option in own for own in split.values()):
-                allowed = [*_names(weight), *_names(balance)]
+                allowed = [*_names(weight), *_names(balance), *(_TUNING if balance is not None else ())]
                 raise unknown_name(f"option of method {name!r}:", option, allowed or ["(none)"])
-        return Methods(name, dict(options), weight, balance, split["weight"], split["balance"])
+        tuning = Tuning(**split["tuning"])
+        return Methods(name, dict(options), weight, balance, split["weight"], split["balance"], tuning)
 
 
 def default_method(scheme: Scheme) -> str:
@@ -67,7 +89,7 @@ def _names(function: Any) -> list[str]:
     if function is None:
         return []
     keyword = inspect.Parameter.KEYWORD_ONLY
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is keyword and p.name != "loss"]
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is keyword]
 
 
 def _own(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from evenbits.evaluation.running import evaluation_mode
 from evenbits.kernels import dispatch
 from evenbits.nn.base import QuantizedLayer, check_formats
 from evenbits.numerics.search import SearchCost, counting_cost
-from evenbits.pipeline.balance import Balanced, balance
+from evenbits.pipeline.balance import balance
+from evenbits.pipeline.balanced import Balanced
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.plan import LayerPlan, plan_layers
@@ -79,7 +80,9 @@ def quantize(
         chosen = [plan for plan in plans if not plan.reason]
         if not chosen:
             raise EvenbitsError(_nothing_to_do(plans))
-        balanced = balance(model, chosen, watched, methods) if watched is not None else Balanced()
+        balanced = (
+            balance(model, chosen, watched, scheme, methods, progress=progress) if watched is not None else Balanced()
+        )
         with counting_cost() as cost:
             solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
         with swap(model, {name: layer.module for name, layer in solved.items()}, balanced.folds):

@@ -31,13 +31,15 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class RegionRow:
-    """One region. status: "folded", "multiplied", "indexed" (re-paired at run time) or "skipped", with the reason."""
+    """One region. status: "folded", "multiplied", "indexed" (re-paired at run time) or "skipped", with the reason.
+    curve: pairs (α, loss) that a search tried, sorted."""
 
     name: str
     layers: tuple[str, ...]
     status: str
     reason: str
     alpha: float | None
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

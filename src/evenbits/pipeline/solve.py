@@ -22,9 +22,10 @@ from evenbits.nn.conv import QConv
 from evenbits.nn.replace import quantized_class
 from evenbits.numerics.metrics import RunningError, compare
 from evenbits.numerics.pair_statistics import PairStatistics, pair_statistics
+from evenbits.numerics.qtensor import QTensor
 from evenbits.observers.calibrate import watching
 from evenbits.pipeline.activations import activation_quantizers
-from evenbits.pipeline.balance import Balanced
+from evenbits.pipeline.balanced import Balanced
 from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.watch import Watched
@@ -59,9 +60,11 @@ def solve(
     activations = activation_quantizers(model, plans, scheme, balanced, watched)
     for plan in tqdm(plans, desc="quantizing", unit="layer", disable=not progress or None):
         try:
-            stats = _stats(plan, balanced, watched)
+            stats = layer_stats(plan, balanced, watched)
             module, activation = model.get_submodule(plan.name), activations[plan.name]
-            built[plan.name] = _layer(module, plan, scheme, methods, balanced, stats, activation)
+            layer, weight_OK, quantized = build_layer(module, plan, scheme, methods, balanced, stats, activation)
+            error = compare(weight_OK, quantized.dequantize())
+            built[plan.name] = layer, error, pair_statistics(weight_OK, quantized)
         except EvenbitsError as error:
             raise EvenbitsError(f"layer {plan.name}: {error}") from error
     outputs = {} if watched is None else _output_errors(model, built, balanced, watched)
@@ -73,7 +76,7 @@ def solve(
     }
 
 
-def _layer(
+def build_layer(
     module: nn.Module,
     plan: LayerPlan,
     scheme: Scheme,
@@ -81,7 +84,8 @@ def _layer(
     balanced: Balanced,
     stats: LayerStats,
     activation: ActivationQuantizer | None,
-) -> _Built:
+) -> tuple[QuantizedLayer, torch.Tensor, QTensor]:
+    """The integer layer of one plan, with the balanced weight [O, K] it encodes and its codes."""
     scale_I, perm_I = balanced.scales.get(plan.name), balanced.perms.get(plan.name)
     rows_O = balanced.outputs.get(plan.name, slice(None))
     weight, bias = _balanced_weight(module, plan, balanced)
@@ -95,7 +99,7 @@ def _layer(
     layer = make(quantized, plan.shape, bias, activation, multiplier, **kwargs).to(weight.device)
     if perm_I is not None and plan.name in balanced.indexed:
         layer.input_permutation = perm_I.to(weight.device, torch.int32)
-    return layer, compare(weight, quantized.dequantize()), pair_statistics(weight, quantized)
+    return layer, weight, quantized
 
 
 def _balanced_weight(
@@ -113,7 +117,7 @@ def _balanced_weight(
     return plan.channels.matrix(weight), bias
 
 
-def _stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
+def layer_stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
     """Statistics of a layer's input as its weight's columns meet it: balanced, and repeated over a kernel's window."""
     moment = None if watched is None else watched.moments.get(plan.name)
     if moment is None or not moment.seen:
