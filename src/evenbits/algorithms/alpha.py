@@ -2,7 +2,7 @@
 
     grid      every α of the grid at once, and leaving the region alone
     refine    golden section between the grid neighbours of the best α (criterion `loss`)
-    choice    the α of least loss among all that were tried, so never worse than the grid; ties go to the one nearest 0.5
+    choice    the α of least loss of all that were tried, so never worse than the grid; ties go to the one nearest 0.5
 
 | criterion           | the α of a region whose layers have losses L₁(α), L₂(α), …  |
 |---------------------|-------------------------------------------------------------|
