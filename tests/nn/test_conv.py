@@ -137,7 +137,7 @@ def test_long_sums_in_groups(per_group: int) -> None:
     first = exact[0] - 2 * 127 + 2  # the one small weight (code 1) meets the one small pixel (code 2)
     assert first % 2 == (per_group * 9 + 1) % 2  # an odd sum above 2²⁴ is no float32
     assert (first > 2**24) is (per_group == 120)
-    assert layer._integer_conv(codes).flatten().tolist() == [first, exact[0], exact[1], exact[1]]
+    assert layer._integer(codes).flatten().tolist() == [first, exact[0], exact[1], exact[1]]
     _check(nn.Conv2d(2 * per_group, 4, 3, groups=2), torch.randn(1, 2 * per_group, 4, 4))
 
 

@@ -37,6 +37,11 @@ def base_name(func: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
+def base_name_of(name: str) -> str:
+    """ "relu" for "aten.relu_.default", as `base_name`, from an operation's recorded name."""
+    return name.removeprefix("aten.").partition(".")[0].removesuffix("_")
+
+
 def _same(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     return look.labels(args[0])
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
+from evenbits.kernels.conv_u8 import conv2d_u8, report_conv
 from evenbits.kernels.ops import int8_matmul, quantize_rows
 from evenbits.kernels.torch_int8 import without_autocast
 from evenbits.nn.base import QuantizedLayer
@@ -49,9 +50,11 @@ class QConv(QuantizedLayer):
         geometry: dict[str, Any],
     ) -> None:
         super().__init__(weight, weight_shape, bias, activation, input_multiplier)
-        if self.input_format is not None and not self.input_format.rule.symmetric:
+        affine = self.input_format is not None and not self.input_format.rule.symmetric
+        if affine and (self.input_zero_point is None or isinstance(self, QConvTranspose)):
             raise EvenbitsError(
-                f"convolutions take symmetric activations, such as 'int8:row'; given {self.input_format}."
+                "convolutions take symmetric activations, such as 'int8:row', or static affine ones ('int8:tensor:"
+                f"affine', dynamic: false; transposed ones only the former); given {self.input_format}."
             )
         self.geometry = geometry
         self.stride, self.dilation = tuple(geometry["stride"]), tuple(geometry["dilation"])
@@ -81,12 +84,12 @@ class QConv(QuantizedLayer):
         if not self.is_integer or self.input_format is None:
             x = self.quantized_input(x)
             return self._float(x, self.qweight().dequantize(x.dtype), None if self.bias is None else self.bias.to(x))
-        codes_NK, scale_N1, _ = quantize_rows(
-            self.balanced_input(x).flatten(1), self.input_format, scale=self.input_scale
-        )
-        product_NO = self._integer(codes_NK.view(x.shape))
+        static = {"scale": self.input_scale, "zero_point": self.input_zero_point}
+        codes_NK, scale_N1, _ = quantize_rows(self.balanced_input(x).flatten(1), self.input_format, **static)
         ones = (1,) * self.spatial
-        y = product_NO.float() * (scale_N1 * self.weight_scales().reshape(1, -1)).view(len(x), -1, *ones)
+        y = self._sums(codes_NK.view(x.shape)) * (scale_N1 * self.weight_scales().reshape(1, -1)).view(
+            len(x), -1, *ones
+        )
         return (y if self.bias is None else y + self.bias.view(1, -1, *ones)).to(x.dtype)
 
     def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,28 +103,38 @@ class QConv(QuantizedLayer):
         images = self.balanced_input(x)
         if self.input_format is None:
             return images.to(x.dtype)
-        rounded = fake_quantize(images.flatten(1), self.input_format, scale=self.input_scale)
+        static = {"scale": self.input_scale, "zero_point": self.input_zero_point}
+        rounded = fake_quantize(images.flatten(1), self.input_format, **static)
         return rounded.view(x.shape).to(x.dtype)
 
     def _float(self, x: torch.Tensor, weight_OK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight = weight_OK.view(self.weight_shape)
         return type(self).convolve(self._pad(x), weight, bias, self.stride, 0, self.dilation, self.groups)
 
-    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+    def _pad(self, x: torch.Tensor, zero: int = 0) -> torch.Tensor:
         if not any(self.padding):
             return x
         if self.padding_mode == "zeros":
-            return F.pad(x, self.padding)
+            return F.pad(x, self.padding, value=zero)
         # The other modes copy pixels; torch has them for floats only, and float32 holds every code.
         floats = x if x.dtype == torch.float64 else x.float()
         return F.pad(floats, self.padding, mode=self.padding_mode).to(x.dtype)
 
+    def _sums(self, codes: torch.Tensor) -> torch.Tensor:
+        """Σ(code − zero point)·weight of int8 codes, exact and then rounded to float32 [N, O, …]."""
+        product_NO = self._integer(codes)
+        if self.input_zero_point is not None and self.weight_sum is not None:
+            product_NO = product_NO - (self.input_zero_point * self.weight_sum).view(1, -1, *(1,) * self.spatial)
+        return product_NO.float()
+
     def _integer(self, codes: torch.Tensor) -> torch.Tensor:
         """Exact int32 [N, O, …] of int8 codes."""
         weight_OK = self.weight_codes()
+        codes = self._pad(codes, 0 if self.input_zero_point is None else int(self.input_zero_point))
         if self.groups > 1 and weight_OK.shape[1] <= _EXACT_FLOAT32_K:
-            return exact(lambda: self._float(codes.float(), weight_OK.float(), None), codes.device)
-        codes = self._pad(codes)
+            weight = weight_OK.view(self.weight_shape).float()
+            where = (self.stride, 0, self.dilation, self.groups)
+            return exact(lambda: type(self).convolve(codes.float(), weight, None, *where), codes.device)
         parts = zip(codes.chunk(self.groups, dim=1), weight_OK.chunk(self.groups, dim=0), strict=True)
         return torch.cat([self._im2col_product(part, weight) for part, weight in parts], dim=1)
 
@@ -191,6 +204,15 @@ class QConv2d(QConv):
     """Replaces nn.Conv2d."""
 
     replaces, spatial, convolve = nn.Conv2d, 2, staticmethod(F.conv2d)
+
+    def _sums(self, codes: torch.Tensor) -> torch.Tensor:
+        if report_conv(codes.device.type)[0] != "onednn":
+            return super()._sums(codes)
+        zero = 0 if self.input_zero_point is None else int(self.input_zero_point)
+        weight = self.weight_codes().view(self.weight_shape)
+        shifted = self._pad(codes, zero).view(torch.uint8).bitwise_xor(128)  # + 128, as uint8
+        one = torch.ones(len(weight))
+        return conv2d_u8(shifted, 1.0, zero + 128, weight, one, None, self.stride, (0, 0), self.dilation, self.groups)
 
 
 class QConv3d(QConv):

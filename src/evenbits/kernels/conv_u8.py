@@ -1,0 +1,211 @@
+"""Convolutions that stay in bytes: uint8 in, uint8 out, with ReLU, ReLU6 and an addition inside.
+
+    evenbits::conv2d_u8(x, …)     y = clamp(round(act(xs·ws·Σ(x − xz)·w + b + as·(a − az)) / ys) + yz, 0, 255)
+
+On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32 and was found equal to the exact sum;
+elsewhere a float convolution of the codes, exact and slow, says so through `report_conv`. uint8 is oneDNN's activation
+type: with int8 activations it refuses or runs a reference loop. Without VNNI its uint8 kernels add pairs of products in
+16 bits and saturate silently, so they are not used there.
+N: images, C: channels, H, W: height, width, O: out channels, g: groups.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from evenbits.errors import EvenbitsError
+from evenbits.kernels.torch_int8 import without_autocast
+
+ACTIVATIONS = ("none", "relu", "relu6")
+_library = torch.library.Library("evenbits", "FRAGMENT")
+_library.define(
+    "conv2d_u8(Tensor x, float x_scale, int x_zero, Tensor weight, Tensor weight_scale, Tensor? bias, int[] stride, "
+    "int[] padding, int[] dilation, int groups, str activation, float out_scale, int out_zero, Tensor? addend, "
+    "float addend_scale, int addend_zero) -> Tensor"
+)
+
+_packed: dict[tuple[object, ...], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+_warned: list[bool] = []
+
+
+def report_conv(device_type: str = "cpu") -> tuple[str, str]:
+    """(backend, why) of byte convolutions on a device type: "onednn" or "float"."""
+    if device_type == "cpu" and torch.backends.mkldnn.is_available():
+        if torch.cpu._is_vnni_supported():
+            return "onednn", "exact on this CPU (it has VNNI)"
+        return "float", "this CPU has no VNNI: oneDNN's uint8 convolutions would saturate silently"
+    return "float", f"no byte convolution for {device_type}"
+
+
+def _conv2d_u8(
+    x: torch.Tensor,
+    x_scale: float,
+    x_zero: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    out_scale: float,
+    out_zero: int,
+    addend: torch.Tensor | None,
+    addend_scale: float,
+    addend_zero: int,
+) -> torch.Tensor:
+    if x.dtype != torch.uint8 or weight.dtype != torch.int8 or activation not in ACTIVATIONS:
+        raise EvenbitsError(
+            f"conv2d_u8 takes uint8 [N, C, H, W], an int8 weight and an activation of {', '.join(ACTIVATIONS)}; given "
+            f"{x.dtype}, {weight.dtype} and {activation!r}."
+        )
+    where = (list(stride), list(padding), list(dilation), groups)
+    if report_conv(x.device.type)[0] == "onednn":
+        tail = (activation, out_scale, out_zero, addend, addend_scale, addend_zero)
+        return _onednn(x, x_scale, x_zero, weight, weight_scale, bias, where, *tail)
+    if not _warned:
+        _warned.append(True)
+        warnings.warn(f"byte convolutions run as float ones: {report_conv(x.device.type)[1]}", stacklevel=2)
+    product = exact_product(x, x_zero, weight, where)
+    y = product.float() * (x_scale * weight_scale.view(1, -1, 1, 1))
+    y = y if bias is None else y + bias.view(1, -1, 1, 1)
+    y = y if addend is None else y + (addend.float() - addend_zero) * addend_scale
+    y = y.relu() if activation == "relu" else y.clamp(0, 6) if activation == "relu6" else y
+    return y if out_scale == 0 else to_bytes(y, out_scale, out_zero)
+
+
+def exact_product(
+    x: torch.Tensor, x_zero: int, weight: torch.Tensor, where: tuple[list[int], list[int], list[int], int]
+) -> torch.Tensor:
+    """Σ(x − x_zero)·w as float64 [N, O, H', W'], exact: every partial sum is far below 2⁵³. The reference."""
+    with without_autocast(x.device):
+        return F.conv2d(x.double() - x_zero, weight.double(), None, *where)
+
+
+def _onednn(
+    x: torch.Tensor,
+    x_scale: float,
+    x_zero: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    where: tuple[list[int], list[int], list[int], int],
+    activation: str,
+    out_scale: float,
+    out_zero: int,
+    addend: torch.Tensor | None,
+    addend_scale: float,
+    addend_zero: int,
+) -> torch.Tensor:
+    ops = torch.ops.onednn
+    packed = _pack(weight, weight_scale, x_scale, x_zero, where)
+    zeros = torch.zeros(len(weight), dtype=torch.int32)
+    name, limits = ("hardtanh", [0.0, 6.0]) if activation == "relu6" else (activation, [])
+    dtype, scale = (torch.float32, 1.0) if out_scale == 0 else (torch.uint8, out_scale)
+    x = x.contiguous(memory_format=torch.channels_last)
+    common = (x, x_scale, x_zero, packed, weight_scale, zeros)
+    if addend is None:
+        y: torch.Tensor = ops.qconv_pointwise(*common, bias, *where, scale, out_zero, dtype, name, limits, "")
+        return y
+    if out_scale == 0 or activation == "relu6":
+        y = ops.qconv_pointwise(*common, bias, *where, 1.0, 0, torch.float32, "none", [], "")
+        y = y + (addend.float() - addend_zero) * addend_scale
+        y = y.relu() if activation == "relu" else y.clamp(0, 6) if activation == "relu6" else y
+        return y if out_scale == 0 else to_bytes(y, out_scale, out_zero)
+    total = addend.clone(memory_format=torch.channels_last)  # it is written to
+    tail: tuple[object, ...] = (scale, out_zero, dtype, addend_scale, addend_zero, "sum", 1.0, activation, [], "")
+    y = ops.qconv2d_pointwise.binary(*common, total, bias, *where, *tail)
+    return y
+
+
+def _pack(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: float,
+    x_zero: int,
+    where: tuple[list[int], list[int], list[int], int],
+) -> torch.Tensor:
+    """The weight as oneDNN wants it, made once for each weight."""
+    base = weight if weight._base is None else weight._base
+    key = (id(base), weight.data_ptr(), tuple(weight.shape), str(where))
+    known = _packed.get(key)
+    if known is not None and known[0]() is base and known[1] == base._version:
+        return known[2]
+    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, x_scale, x_zero, *where, None)
+    _packed[key] = (weakref.ref(base, lambda _: _packed.pop(key, None)), base._version, packed)
+    return packed
+
+
+def to_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+    """x [N, C, H, W] float → uint8 codes clamp(round(x / scale) + zero, 0, 255), channels last."""
+    codes = x.div(scale).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+    return codes.contiguous(memory_format=torch.channels_last) if codes.ndim == 4 else codes
+
+
+def from_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+    """uint8 codes → float32, (x − zero) · scale."""
+    return (x.float() - zero) * scale
+
+
+def max_pool_u8(x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> torch.Tensor:
+    """Max pooling of codes [N, C, H, W], which keeps their order. torch's own does not take uint8."""
+    (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
+    x = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x
+    rows, columns = (x.shape[2] - kh) // sh + 1, (x.shape[3] - kw) // sw + 1
+    best: torch.Tensor | None = None
+    for i in range(kh):
+        for j in range(kw):
+            part = x[:, :, i : i + (rows - 1) * sh + 1 : sh, j : j + (columns - 1) * sw + 1 : sw]
+            best = part if best is None else torch.maximum(best, part)
+    assert best is not None  # a kernel has at least one position
+    return best
+
+
+def _fake(x: torch.Tensor, x_scale: float, x_zero: int, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    sizes = x.shape[2:], weight.shape[2:], *rest[2:5]  # stride, padding, dilation
+    positions = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sizes, strict=True)]
+    dtype = torch.float32 if rest[7] == 0 else torch.uint8  # out_scale
+    made = x.new_empty((x.shape[0], weight.shape[0], *positions), dtype=dtype)
+    return made.to(memory_format=torch.channels_last)
+
+
+_library.impl("conv2d_u8", _conv2d_u8, "CompositeExplicitAutograd")
+torch.library.register_fake("evenbits::conv2d_u8", _fake, lib=_library)
+
+
+def conv2d_u8(
+    x: torch.Tensor,
+    x_scale: float,
+    x_zero: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    activation: str = "none",
+    out: tuple[float, int] | None = None,
+    addend: tuple[torch.Tensor, float, int] | None = None,
+) -> torch.Tensor:
+    """A 2-D convolution of uint8 codes x [N, C, H, W] with int8 codes weight [O, C/g, kh, kw].
+
+    weight_scale: float32 [O]; bias: float32 [O]; padding: symmetric, (height, width); activation: one of ACTIVATIONS.
+    out: (scale, zero) of uint8 output; without it the output is float32. addend: (uint8 codes of the output's shape,
+    scale, zero), added before the activation. Raises EvenbitsError for other types.
+    """
+    scale, zero = (0.0, 0) if out is None else out
+    other, other_scale, other_zero = (None, 1.0, 0) if addend is None else addend
+    y: torch.Tensor = torch.ops.evenbits.conv2d_u8(
+        x, x_scale, x_zero, weight, weight_scale, bias, list(stride), list(padding), list(dilation), groups, activation,
+        scale, zero, other, other_scale, other_zero,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,194 @@
+"""What may run in bytes: convolutions of a symbolic trace, each with the addition and activation behind it."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from evenbits.nn.conv import QConv, QConv2d
+from evenbits.nn.conv_u8 import Grid, input_grid
+
+_RELU = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+_RELU_FUNCTIONS = {torch.relu: "relu", F.relu: "relu", torch.relu_: "relu", F.relu6: "relu6"}
+_RELU_METHODS = {"relu": "relu", "relu_": "relu"}
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+@dataclass
+class Group:
+    """A convolution and what is done inside it. source: the node it reads; end: the node whose value it computes;
+    inner: the nodes between; grid_out: the grid its readers want, or None for float output."""
+
+    name: str
+    layer: QConv2d
+    source: fx.Node
+    end: fx.Node
+    grid_in: Grid
+    activation: str = "none"
+    addend: fx.Node | None = None
+    grid_out: Grid | None = None
+    needs_range: bool = False
+    inner: list[fx.Node] = field(default_factory=list)
+
+
+def byte_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[Group], dict[str, str]]:
+    """The groups of a graph, in its order, and for every other quantized convolution why it stays apart."""
+    modules = dict(model.named_modules())
+    groups: list[Group] = []
+    apart: dict[str, str] = {}
+    for node in graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, QConv):
+            continue
+        name = str(node.target)
+        reason = _why_apart(layer)
+        if reason or not isinstance(layer, QConv2d):
+            apart[name] = reason or f"{type(layer).__name__} has no byte form"
+            continue
+        grid = input_grid(layer)
+        assert grid is not None  # _why_apart
+        groups.append(Group(name, layer, node.args[0], node, grid))
+    taken: set[fx.Node] = set()
+    for group in groups:
+        _extend(model, group, taken)
+    _grids(model, groups)
+    return groups, apart
+
+
+def _why_apart(layer: QConv) -> str:
+    if not isinstance(layer, QConv2d):
+        return f"{type(layer).__name__} has no byte form"
+    if layer.input_scale is None:
+        return "its activations are not static"
+    if layer.input_multiplier is not None:
+        return "its input has an explicit smoothing multiply"
+    if layer.padding_mode != "zeros":
+        return f"padding {layer.padding_mode!r} is done in float"
+    return "" if input_grid(layer) is not None else f"{layer.input_format} and {layer.weight_format} are not int8"
+
+
+def _extend(model: nn.Module, group: Group, taken: set[fx.Node]) -> None:
+    """Takes the addition and the activation that only this convolution's value flows into."""
+    user = _only_user(model, group.end)
+    if user is not None and user not in taken and _is_add(user):
+        other = next((arg for arg in user.args[:2] if arg is not _back(model, user, group.end)), None)
+        if isinstance(other, fx.Node):  # of two convolutions that are added the first one takes the addition
+            _advance(model, group, user)
+            group.addend = other
+            taken.add(user)
+            user = _only_user(model, group.end)
+    kind = None if user is None else activation_of(model, user)
+    if user is not None and kind is not None:
+        _advance(model, group, user)
+        group.activation = kind
+
+
+def _back(model: nn.Module, user: fx.Node, end: fx.Node) -> fx.Node:
+    """The argument of `user` through which the value of `end` reaches it."""
+    for argument in user.args:
+        node = argument
+        while isinstance(node, fx.Node) and node is not end and passes(model, node):
+            node = node.args[0]
+        if node is end and isinstance(argument, fx.Node):
+            return argument
+    return end
+
+
+def _advance(model: nn.Module, group: Group, user: fx.Node) -> None:
+    node = group.end
+    while node is not user:
+        group.inner.append(node)
+        node = next(iter(node.users))
+    group.end = user
+
+
+def _only_user(model: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The one node that reads a value, through nodes that only pass it on."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if not passes(model, user):
+            return user
+        node = user
+    return None
+
+
+def _grids(model: nn.Module, groups: list[Group]) -> None:
+    """The grid each group writes: what the convolutions that read it want."""
+    by_source: dict[fx.Node, list[Group]] = {}
+    for group in groups:
+        by_source.setdefault(_origin(model, group.source), []).append(group)
+    added = {_origin(model, group.addend) for group in groups if group.addend is not None}
+    for group in groups:
+        readers = by_source.get(group.end, [])
+        wanted = {reader.grid_in for reader in readers}
+        if readers:
+            group.grid_out = readers[0].grid_in if len(wanted) == 1 else None
+        group.needs_range = group.grid_out is None and group.end in added
+
+
+def _origin(model: nn.Module, node: fx.Node) -> fx.Node:
+    """The node whose codes a node's are: back through pooling and what only passes on."""
+    while passes(model, node) or is_max_pool(model, node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def passes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node hands its input on as it is (in evaluation)."""
+    if node.op == "call_method":
+        return node.target in ("contiguous", "clone")
+    return isinstance(_module(model, node), _PASSING)
+
+
+def activation_of(model: nn.Module, node: fx.Node) -> str | None:
+    """ "relu" or "relu6" if the node is one, else None."""
+    module = _module(model, node)
+    if module is not None:
+        six = isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0, 6)
+        return "relu6" if six else _RELU.get(type(module))
+    if node.op == "call_method":
+        return _RELU_METHODS.get(str(node.target))
+    return _RELU_FUNCTIONS.get(node.target) if node.op == "call_function" else None  # type: ignore[arg-type]
+
+
+def _is_add(node: fx.Node) -> bool:
+    named = node.op == "call_function" and node.target in _ADD_FUNCTIONS
+    method = node.op == "call_method" and node.target in ("add", "add_")
+    plain = len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
+    return (named or method) and plain
+
+
+def is_max_pool(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a max pooling that codes can go through."""
+    module = _module(model, node)
+    if isinstance(module, nn.MaxPool2d):
+        return module.dilation in (1, (1, 1)) and not module.ceil_mode and not module.return_indices
+    if node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d):
+        return False
+    return set(node.kwargs) <= {"kernel_size", "stride", "padding", "ceil_mode", "return_indices", "dilation"} and (
+        node.kwargs.get("dilation", 1) in (1, (1, 1)) and not node.kwargs.get("ceil_mode") and len(node.args) <= 4
+    )
+
+
+def pool_arguments(model: nn.Module, node: fx.Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Kernel, stride and padding of a max pooling node, two numbers each."""
+    module = _module(model, node)
+    if isinstance(module, nn.MaxPool2d):
+        return _two(module.kernel_size), _two(module.stride), _two(module.padding)
+    given = dict(zip(("kernel_size", "stride", "padding"), node.args[1:], strict=False)) | dict(node.kwargs)
+    kernel = _two(given["kernel_size"])
+    return kernel, _two(given.get("stride") or kernel), _two(given.get("padding") or 0)
+
+
+def _two(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
