@@ -124,7 +124,10 @@ def _why(trace: Trace, group: tuple[str, ...]) -> str:
     index = trace.producer.get(value)
     if index is None:
         return "its tensor comes from outside the model"
-    return f"computed by {_short(trace.ops[index])}, through which no factor passes"
+    op = trace.ops[index]
+    if op.module in trace.flow.layers:
+        return f"the rows of {op.module} also meet channels that nothing scales"
+    return f"computed by {_short(op)}, through which no factor passes"
 
 
 def _joined_by_channels(flow: ChannelFlow, groups: Iterable[tuple[str, ...]]) -> list[Region]:
