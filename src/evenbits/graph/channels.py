@@ -59,6 +59,8 @@ class ChannelFlow:
             labels = torch.full((1,) * len(shape), ONE)
         along = [1] * len(shape)
         along[layout.channel_dim] = layout.in_channels
+        if labels.shape[layout.channel_dim] == layout.in_channels > 1:
+            labels = self._one_per_channel(labels, layout)
         if any(size not in (1, wanted) for size, wanted in zip(labels.shape, along, strict=True)):
             self.variables.fix(labels, f"its factors do not lie along the channels of {name}")
             labels = torch.full((1,) * len(shape), ONE)
@@ -66,6 +68,17 @@ class ChannelFlow:
         if name in self.inputs:
             self.variables.unify(self.inputs[name], channels_I)
         self.inputs[name] = channels_I
+
+    def _one_per_channel(self, labels: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Where a channel has several factors over its positions (pixels that were shuffled), they must be equal. That
+        is asked of them if no channel shares a factor with another; else the labels are returned as they are."""
+        rows_CP = self.variables.find(labels).movedim(layout.channel_dim, 0).flatten(1)
+        channels_CP = torch.arange(len(rows_CP)).unsqueeze(1).expand_as(rows_CP)
+        pairs = torch.stack([rows_CP.flatten(), channels_CP.flatten()]).unique(dim=1)
+        if rows_CP.shape[1] == 1 or len(pairs[0].unique()) < pairs.shape[1]:
+            return labels
+        self.variables.unify(rows_CP, rows_CP[:, :1])
+        return layout.on_activation(rows_CP[:, 0], labels.ndim)
 
     def leave(self, name: str, outputs: Sequence[tuple[int, Sequence[int]]]) -> None:
         """A layer returned values (with their shapes)."""
