@@ -7,64 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from graph_nets import D, HandLayerNorm, Handmade, HandRMSNorm, conv, lin, proved, regions
 from torch import nn
 
-from evenbits.graph.regions import Region, find_regions
-from evenbits.graph.trace import trace
-
-D = 8
+from evenbits.graph.regions import Region
 
 
-class Handmade(nn.Module):
-    """Modules by name, and the forward as a function."""
-
-    def __init__(self, forward: Callable[[Any, torch.Tensor], Any], **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self._body = forward
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self._body(self, x)
-
-
-class HandLayerNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.rand(D) + 0.5), nn.Parameter(torch.randn(D))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return x * self.weight + self.bias
-
-
-class HandRMSNorm(nn.Module):
-    def __init__(self, offset: float = 0.0, swap: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(D) + 0.5)
-        self.offset, self.swap = offset, swap
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-        gain = self.weight if not self.offset else self.offset + self.weight
-        return gain * x if self.swap else x * gain
-
-
-def lin(out: int = D) -> nn.Linear:
-    return nn.Linear(D, out)
-
-
-def regions(model: nn.Module, x: torch.Tensor | None = None, layers: list[str] | None = None) -> list[Region]:
-    model.eval()
-    x = torch.randn(2, 3, D) if x is None else x
-    widths = {n: m.in_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    widths = {n: w for n, w in widths.items() if layers is None or n in layers}
-    return find_regions(trace(model, lambda: model(x), widths), widths)
-
-
-def only(model: nn.Module, **kwargs: Any) -> Region:
-    (region,) = regions(model, **kwargs)
+def only(model: nn.Module, x: torch.Tensor | None = None, layers: list[str] | None = None) -> Region:
+    (region,) = regions(model, torch.randn(2, 3, D) if x is None else x, layers=layers)
     return region
+
+
+def sources(region: Region) -> list[tuple[str, float]]:
+    return [(part.source.name, part.source.offset) for part in region.parts]
 
 
 @pytest.mark.parametrize(
@@ -73,18 +28,18 @@ def only(model: nn.Module, **kwargs: Any) -> Region:
         (nn.LayerNorm(D), "norm.weight", "norm.bias", 0.0),
         (nn.LayerNorm(D, bias=False), "norm.weight", None, 0.0),
         (nn.RMSNorm(D), "norm.weight", None, 0.0),
+        (HandLayerNorm(), "norm.weight", "norm.bias", 0.0),
         (HandRMSNorm(), "norm.weight", None, 0.0),
         (HandRMSNorm(swap=True), "norm.weight", None, 0.0),
         (HandRMSNorm(offset=1.0), "norm.weight", None, 1.0),
         (HandRMSNorm(offset=0.5, swap=True), "norm.weight", None, 0.5),
     ],
-    ids=["LayerNorm", "LayerNorm-no-bias", "RMSNorm", "hand", "hand-swapped", "1+w", "0.5+w"],
+    ids=["LayerNorm", "LayerNorm-no-bias", "RMSNorm", "LayerNorm-hand", "hand", "hand-swapped", "1+w", "0.5+w"],
 )
-def test_a_norm_with_a_gain_is_a_producer(norm: nn.Module, gain: str, shift: str | None, offset: float) -> None:
+def test_a_norm_is_folded_into_its_gain_and_bias(norm: nn.Module, gain: str, shift: str, offset: float) -> None:
     region = only(Handmade(lambda m, x: m.proj(m.norm(x)), norm=norm, proj=lin()))
-    assert region.producer is not None, region.reason
-    assert (region.producer.gain, region.producer.shift, region.producer.offset) == (gain, shift, offset)
-    assert region.reason == "" and region.width == D
+    assert sources(region) == [(gain, offset), *([(shift, 0.0)] if shift else [])], region.reason
+    assert region.reason == "" and region.width == D and region.into == "norm"
 
 
 @pytest.mark.parametrize(
@@ -93,21 +48,14 @@ def test_a_norm_with_a_gain_is_a_producer(norm: nn.Module, gain: str, shift: str
 )
 def test_without_a_gain_there_is_nothing_to_fold_into(norm: nn.Module) -> None:
     region = only(Handmade(lambda m, x: m.proj(m.norm(x) * 2.0), norm=norm, proj=lin()))
-    assert region.producer is None
-    assert "no per-channel gain" in region.reason
+    assert not region.parts
+    assert region.reason == "computed by mul, through which no factor passes"
 
 
 def test_a_layer_norm_over_two_dimensions_is_no_per_channel_gain() -> None:
     norm = nn.LayerNorm([3, D])
     region = only(Handmade(lambda m, x: m.proj(m.norm(x)), norm=norm, proj=lin()))
-    assert region.producer is None
-
-
-def test_a_layer_norm_by_hand_ends_in_an_addition_and_is_not_folded() -> None:
-    """y = x·g + b by hand would need both parameters; the value is computed by the addition."""
-    region = only(Handmade(lambda m, x: m.proj(m.norm(x)), norm=HandLayerNorm(), proj=lin()))
-    assert region.producer is None
-    assert "computed by add" in region.reason
+    assert not region.parts and region.reason
 
 
 def test_readers_of_one_tensor_share_a_region_in_order_of_use() -> None:
@@ -116,24 +64,43 @@ def test_readers_of_one_tensor_share_a_region_in_order_of_use() -> None:
         return m.v(y) + m.q(y.reshape(-1, D)).view_as(x) + m.k(y.clone())
 
     region = only(Handmade(body, norm=nn.LayerNorm(D), q=lin(), k=lin(), v=lin()))
-    assert set(region.layers) == {"q", "k", "v"}
-    assert region.name == "{q,k,v}" and region.producer is not None
+    assert region.layers == ("v", "q", "k")
+    assert region.name == "{v,q,k}" and region.into == "norm"
 
 
 def test_the_name_of_a_region_shows_the_common_parent() -> None:
-    assert Region(("a.b.q", "a.b.k"), D, None, "").name == "a.b.{q,k}"
-    assert Region(("a.q", "b.k"), D, None, "").name == "a.q,b.k"
-    assert Region(("a.q",), D, None, "").name == "a.q"
+    for layers, name in ((("a.b.q", "a.b.k"), "a.b.{q,k}"), (("a.q", "b.k"), "a.q,b.k"), (("a.q",), "a.q")):
+        assert Region(layers, D, {}, {}).name == name
 
 
-def test_a_residual_reader_blocks_the_fold_and_is_named() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        y = m.norm(x)
-        return y + m.proj(y)
+READERS: dict[str, tuple[Callable[..., Any], str]] = {
+    "residual, returned": (lambda m, x: (lambda y: y + m.proj(y))(m.norm(x)), "its tensor is an output of the model"),
+    "residual, squashed": (lambda m, x: (lambda y: y + m.proj(y))(m.norm(x)).tanh(), "is also read by tanh"),
+    "residual of the input": (
+        lambda m, x: (lambda y: x + y + m.proj(y))(m.norm(x)),
+        "is also read by add in the model",
+    ),
+    "behind a view": (lambda m, x: (lambda y: m.proj(y) + y[:, :1].tanh())(m.norm(x)), "also read by tanh"),
+    "the model returns it": (lambda m, x: (lambda y: {"o": m.proj(y), "h": [y]})(m.norm(x)), "an output of the model"),
+    "it returns a view": (lambda m, x: (lambda y: (m.proj(y), y[:, 0]))(m.norm(x)), "an output of the model"),
+    "it returns half": (lambda m, x: (lambda y: (m.proj(y), y[..., :4]))(m.norm(x)), "an output of the model"),
+    "written after": (lambda m, x: (lambda y: (m.proj(y), y.add_(1.0))[0])(m.norm(x)), "also read by add in the model"),
+    "written before": (lambda m, x: m.proj(m.norm(x).add_(1.0)), "computed by add_, through which no factor passes"),
+    "a number is added": (lambda m, x: m.proj(m.norm(x) + 1.0), "computed by add, through which no factor passes"),
+    "zeroed in part": (lambda m, x: (lambda y: (m.proj(y), y[:, 0].zero_())[0])(m.norm(x)), "also read by"),
+    "gain read elsewhere": (lambda m, x: m.proj(m.norm(x)) + (m.norm.weight * 3).mean(), "also read by mean"),
+    "gain summed before": (lambda m, x: m.norm.weight.sum() + m.proj(m.norm(x)), "in more than one way"),
+    "shift read elsewhere": (lambda m, x: m.proj(m.norm(x)) + m.norm.bias.sum(), "also read by sum"),
+    "the gain is computed": (lambda m, x: m.proj(x * m.norm.weight.exp()), "through which no factor passes"),
+    "cast to integers": (lambda m, x: (lambda y: m.proj(y) + y.long().float())(m.norm(x)), "also read by _to_copy"),
+}
 
+
+@pytest.mark.parametrize("case", READERS)
+def test_another_reader_blocks_the_fold_and_is_named(case: str) -> None:
+    body, reason = READERS[case]
     region = only(Handmade(body, norm=nn.LayerNorm(D), proj=lin()))
-    assert region.producer is None
-    assert region.reason == "its tensor is also read by add in the model"
+    assert not region.parts and reason in region.reason, region.reason
 
 
 def test_a_reader_inside_another_module_is_named_with_its_module() -> None:
@@ -146,103 +113,85 @@ def test_a_reader_inside_another_module_is_named_with_its_module() -> None:
     assert region.reason == "its tensor is also read by sigmoid in gate"
 
 
-def test_a_layer_left_in_float_is_a_foreign_reader() -> None:
+def test_a_layer_left_in_float_is_compensated_and_blocks_nothing() -> None:
     body = lambda m, x: (lambda y: m.proj(y) + m.other(y))(m.norm(x))  # noqa: E731
     region = only(Handmade(body, norm=nn.LayerNorm(D), proj=lin(), other=lin()), layers=["proj"])
-    assert region.producer is None
-    assert "in other" in region.reason
+    assert region.layers == ("proj",) and list(region.compensated) == ["other"] and region.into == "norm"
 
 
-def test_a_reader_behind_a_view_is_found() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        y = m.norm(x)
-        first = y[:, 0].unsqueeze(1)
-        return m.proj(y) + first.tanh()
-
-    region = only(Handmade(body, norm=nn.LayerNorm(D), proj=lin()))
-    assert "read by tanh" in region.reason
+def test_a_layer_left_in_float_that_reads_half_of_the_channels_is_compensated_there() -> None:
+    body = lambda m, x: (lambda y: m.proj(y) + m.part(y[..., 4:]))(m.norm(x))  # noqa: E731
+    model = Handmade(body, norm=nn.LayerNorm(D), proj=lin(), part=lin(width=4))
+    region = only(model, layers=["proj"])
+    assert region.compensated["part"].tolist() == [4, 5, 6, 7]
+    assert not proved(model, [region], torch.randn(2, 3, D))
 
 
-def test_half_of_the_channels_read_elsewhere_blocks_the_fold() -> None:
+def test_a_sum_over_some_channels_elsewhere_blocks_the_fold() -> None:
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         y = m.norm(x)
         a, _ = y.chunk(2, dim=-1)
         return m.proj(y).sum() + a.sum()
 
     region = only(Handmade(body, norm=nn.LayerNorm(D), proj=lin()))
-    assert region.producer is None and "also read by" in region.reason
+    assert not region.parts and "also read by sum" in region.reason
 
 
-def test_a_value_that_the_model_returns_is_not_folded() -> None:
-    body = lambda m, x: (lambda y: {"out": m.proj(y), "hidden": [y]})(m.norm(x))  # noqa: E731
-    region = only(Handmade(body, norm=nn.LayerNorm(D), proj=lin()))
-    assert region.reason == "its tensor is an output of the model"
-
-
-def test_a_view_of_the_value_that_the_model_returns_is_not_folded() -> None:
-    body = lambda m, x: (lambda y: (m.proj(y), y[:, 0]))(m.norm(x))  # noqa: E731
-    region = only(Handmade(body, norm=nn.LayerNorm(D), proj=lin()))
-    assert region.reason == "its tensor is an output of the model"
-
-
-def test_a_write_in_place_after_the_read_blocks_the_fold() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        y = m.norm(x)
-        z = m.proj(y)
-        y += 1.0
-        return z
-
-    region = only(Handmade(body, norm=nn.LayerNorm(D), proj=lin()))
-    assert region.reason == "its tensor is written in place"
-
-
-def test_a_write_in_place_before_the_read_blocks_the_fold() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        y = m.norm(x)
-        y.add_(1.0)
-        return m.proj(y)
-
-    assert only(Handmade(body, norm=nn.LayerNorm(D), proj=lin())).producer is None
-
-
-def test_a_norm_used_twice_has_a_gain_that_is_not_free() -> None:
+def test_a_norm_used_twice_joins_the_regions_of_its_readers() -> None:
     body = lambda m, x: m.a(m.norm(x)) + m.b(m.norm(x * 2))  # noqa: E731
-    found = regions(Handmade(body, norm=nn.LayerNorm(D), a=lin(), b=lin()))
-    assert len(found) == 2
-    assert all(region.producer is None for region in found)
+    region = only(Handmade(body, norm=nn.LayerNorm(D), a=lin(), b=lin()))
+    assert region.layers == ("a", "b") and region.into == "norm"
 
 
-def test_norms_that_share_their_weight_are_not_folded() -> None:
-    model = Handmade(lambda m, x: m.a(m.n1(x)) + m.b(m.n2(x)), n1=nn.LayerNorm(D), n2=nn.LayerNorm(D), a=lin(), b=lin())
+def shared_gain(body: Callable[..., Any], make: Callable[[int], nn.Module]) -> Handmade:
+    model = Handmade(body, n1=make(D), n2=make(D), a=lin(), b=lin())
+    for name, _ in list(model.n2.named_parameters()):
+        setattr(model.n2, name, getattr(model.n1, name))
+    return model
+
+
+def test_norms_that_share_gain_and_bias_are_one_source() -> None:
+    model = shared_gain(lambda m, x: m.a(m.n1(x)) + m.b(m.n2(x * 2)), nn.LayerNorm)
+    region = only(model)
+    assert region.layers == ("a", "b") and region.into == "n1"
+    assert not proved(model, [region], torch.randn(2, 3, D))
+
+
+def test_norms_that_share_their_gain_but_not_their_bias_are_folded_into_all_three() -> None:
+    body = lambda m, x: m.a(m.n1(x)) + m.b(m.n2(x))  # noqa: E731
+    model = Handmade(body, n1=nn.LayerNorm(D), n2=nn.LayerNorm(D), a=lin(), b=lin())
     model.n2.weight = model.n1.weight
-    assert all(region.producer is None for region in regions(model))
+    region = only(model)
+    assert {name for name, _ in sources(region)} == {"n1.weight", "n1.bias", "n2.bias"}
 
 
-def test_a_tied_gain_is_not_folded_even_if_only_one_norm_runs() -> None:
-    model = Handmade(lambda m, x: m.a(m.n1(x)), n1=nn.RMSNorm(D), n2=nn.RMSNorm(D), a=lin())
-    model.n2.weight = model.n1.weight
-    assert only(model).producer is None
+def test_a_gain_shared_with_a_norm_that_another_reader_needs_is_not_folded() -> None:
+    model = shared_gain(lambda m, x: m.a(m.n1(x)) + m.n2(x).sigmoid(), nn.RMSNorm)
+    assert "also read by sigmoid" in only(model).reason
 
 
-def test_a_gain_read_functionally_elsewhere_is_not_folded() -> None:
-    body = lambda m, x: m.proj(m.norm(x)) + (m.norm.weight * 3).sum()  # noqa: E731
-    assert only(Handmade(body, norm=nn.LayerNorm(D), proj=lin())).producer is None
+def test_a_gain_shared_with_a_norm_that_does_not_run_is_free() -> None:
+    """Its own readers could not have been followed; but nothing that runs reads it."""
+    model = shared_gain(lambda m, x: m.a(m.n1(x)), nn.RMSNorm)
+    region = only(model)
+    assert not region.parts and region.reason == "b, which did not run, may read it"
 
 
-def test_a_shift_read_elsewhere_is_not_folded() -> None:
-    body = lambda m, x: m.proj(m.norm(x)) + m.norm.bias.sum()  # noqa: E731
-    assert only(Handmade(body, norm=nn.LayerNorm(D), proj=lin())).producer is None
-
-
-def test_a_layer_that_reads_two_tensors_is_not_folded() -> None:
+def test_a_layer_that_reads_two_tensors_makes_their_factors_equal() -> None:
     body = lambda m, x: m.proj(m.n1(x)) + m.proj(m.n2(x))  # noqa: E731
     region = only(Handmade(body, n1=nn.LayerNorm(D), n2=nn.LayerNorm(D), proj=lin()))
-    assert region.producer is None and "runs more than once" in region.reason
+    assert region.into == "{n1,n2}" and region.width == D
+
+
+def test_a_layer_that_reads_two_tensors_of_which_one_is_fixed_is_not_folded() -> None:
+    body = lambda m, x: m.proj(m.n1(x)) + m.proj(x)  # noqa: E731
+    region = only(Handmade(body, n1=nn.LayerNorm(D), proj=lin()))
+    assert not region.parts and region.reason
 
 
 def test_a_layer_that_reads_one_tensor_twice_is_folded() -> None:
     body = lambda m, x: (lambda y: m.proj(y) + m.proj(y))(m.norm(x))  # noqa: E731
-    assert only(Handmade(body, norm=nn.LayerNorm(D), proj=lin())).producer is not None
+    assert only(Handmade(body, norm=nn.LayerNorm(D), proj=lin())).into == "norm"
 
 
 def test_a_layer_that_reads_two_tensors_joins_their_regions() -> None:
@@ -251,55 +200,48 @@ def test_a_layer_that_reads_two_tensors_joins_their_regions() -> None:
         return m.a(u) + m.b(v) + m.both(u) + m.both(v)
 
     region = only(Handmade(body, n1=nn.LayerNorm(D), n2=nn.LayerNorm(D), a=lin(), b=lin(), both=lin()))
-    assert set(region.layers) == {"a", "b", "both"} and region.producer is None
+    assert set(region.layers) == {"a", "b", "both"} and region.into == "{n1,n2}"
 
 
-def test_an_unused_layer_is_in_no_region() -> None:
-    found = regions(Handmade(lambda m, x: m.proj(m.norm(x)), norm=nn.LayerNorm(D), proj=lin(), idle=lin()))
-    assert [region.layers for region in found] == [("proj",)]
+def test_an_unused_layer_is_in_no_region_but_may_read_what_is_near_it() -> None:
+    model = Handmade(lambda m, x: m.proj(m.norm(x)), norm=nn.LayerNorm(D), proj=lin(), idle=lin())
+    region = only(model)
+    assert region.layers == ("proj",) and region.reason == "idle, which did not run, may read it"
 
 
-def test_a_layer_that_reads_the_input_has_no_producer() -> None:
+def test_a_layer_that_reads_the_input_has_no_source() -> None:
     region = only(Handmade(lambda m, x: m.proj(x), proj=lin()))
     assert region.reason == "its tensor comes from outside the model"
 
 
-def test_the_weight_of_a_multiplication_with_a_buffer_is_not_a_parameter() -> None:
-    class Buffered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("gain", torch.rand(D) + 0.5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.gain
-
-    assert only(Handmade(lambda m, x: m.proj(m.scale(x)), scale=Buffered(), proj=lin())).producer is None
+def test_a_buffer_is_no_gain() -> None:
+    model = Handmade(lambda m, x: m.proj(x * m.gain), proj=lin())
+    model.register_buffer("gain", torch.rand(D) + 0.5)
+    assert only(model).reason == "computed by mul, through which no factor passes"
 
 
 def test_a_half_precision_norm_cast_back_is_followed() -> None:
-    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return m.proj(m.norm(x.double()).float())
-
-    region = only(Handmade(body, norm=nn.LayerNorm(D, dtype=torch.float64), proj=lin()))
-    assert region.producer is not None
+    norm = nn.LayerNorm(D, dtype=torch.float64)
+    region = only(Handmade(lambda m, x: m.proj(m.norm(x.double()).float()), norm=norm, proj=lin()))
+    assert region.into == "norm"
 
 
-def test_a_scalar_or_broadcast_parameter_is_no_per_channel_gain() -> None:
-    class Scalar(nn.Module):
-        def __init__(self, *shape: int) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.rand(shape) + 0.5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight
-
-    for shape in ((), (1,), (3, D), (3, 1)):
-        assert only(Handmade(lambda m, x: m.proj(m.s(x)), s=Scalar(*shape), proj=lin())).producer is None, shape
+@pytest.mark.parametrize("shape", [(), (1,), (3, D), (3, 1)])
+def test_a_scalar_or_broadcast_parameter_is_no_per_channel_gain(shape: tuple[int, ...]) -> None:
+    gain = nn.Parameter(torch.rand(shape) + 0.5)
+    assert not only(Handmade(lambda m, x: m.proj(x * m.gain), gain=gain, proj=lin())).parts
 
 
-def test_a_gain_that_is_computed_is_not_folded() -> None:
-    class Softplus(HandRMSNorm):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.weight.exp()
+def test_layers_of_other_dimensions_that_read_one_tensor_are_regions_of_their_own() -> None:
+    """An unbatched picture [4, 8, 10] is four channels to Conv2d; to Conv1d it is four sequences of eight channels."""
+    model = Handmade(lambda m, x: (m.flat(x), m.line(x)), flat=nn.Conv2d(4, 2, 3), line=nn.Conv1d(8, 2, 3))
+    found = regions(model, torch.randn(4, 8, 10))
+    assert [(region.layers, region.width) for region in found] == [(("flat",), 4), (("line",), 8)]
 
-    assert only(Handmade(lambda m, x: m.proj(m.norm(x)), norm=Softplus(), proj=lin())).producer is None
+
+def test_a_map_read_by_a_convolution_and_its_mean_by_a_layer_are_one_region() -> None:
+    body = lambda m, x: m.second(m.first(x).relu()) + m.squeeze(m.first(x).relu().mean((2, 3)))[..., None, None]  # noqa: E731
+    model = Handmade(body, first=conv(), second=conv(), squeeze=lin())
+    first, region = regions(model, torch.randn(1, D, 5, 5))
+    assert first.reason == "its tensor comes from outside the model"
+    assert region.layers == ("second", "squeeze") and region.into == "the rows of first"

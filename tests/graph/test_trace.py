@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph_nets import layouts
 from torch import nn
 
 from evenbits.graph.trace import Ref, Trace, trace
@@ -31,7 +32,7 @@ class Fn(nn.Module):
 def traced(body: Callable[[Any, torch.Tensor], Any], *, hooks: bool = True) -> Trace:
     model = Fn(body).eval()
     x = torch.randn(2, 3, 8)
-    return trace(model, lambda: model(x), ["proj"], hooks=hooks)
+    return trace(model, lambda: model(x), layouts(model), hooks=hooks)
 
 
 def norm_output(flow: Trace) -> int:
@@ -60,7 +61,7 @@ def test_parameters_are_known_by_name_and_read_where_they_are_used() -> None:
 def test_a_tied_parameter_has_all_its_names() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
-    flow = trace(model, lambda: model(torch.randn(2, 8)), ["0", "1"])
+    flow = trace(model, lambda: model(torch.randn(2, 8)), layouts(model))
     assert ("0.weight", "1.weight") in flow.parameters.values()
 
 
@@ -179,7 +180,7 @@ def test_a_value_that_leaves_the_model_has_escaped_however_it_is_wrapped(wrap: C
 
 def test_a_value_kept_on_the_model_has_escaped() -> None:
     model = _Remembering().eval()
-    flow = trace(model, lambda: model(torch.randn(2, 3, 8)), ["proj"])
+    flow = trace(model, lambda: model(torch.randn(2, 3, 8)), layouts(model))
     assert norm_output(flow) in flow.escaped
 
 
@@ -223,7 +224,7 @@ def test_hooks_are_gone_afterwards_even_if_the_forward_fails() -> None:
 
     model = Fn(body).eval()
     with pytest.raises(RuntimeError, match="half-way"):
-        trace(model, lambda: model(torch.randn(2, 8)), ["proj"])
+        trace(model, lambda: model(torch.randn(2, 8)), layouts(model))
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
@@ -246,7 +247,7 @@ def test_a_caught_exception_inside_a_layer_does_not_shift_the_module_names() -> 
                 return self.proj(x) * 3
 
     model = Tries().eval()
-    flow = trace(model, lambda: model(torch.randn(2, 8)), ["proj"])
+    flow = trace(model, lambda: model(torch.randn(2, 8)), layouts(model))
     assert [op.module for op in flow.ops if op.name == "aten.mul.Tensor"] == [""]
     assert {op.module for op in flow.ops if op.name.startswith("aten.addmm")} == {"proj"}
 
@@ -262,6 +263,6 @@ def test_gradients_are_not_recorded_and_the_forward_is_the_real_one() -> None:
     outputs: list[torch.Tensor] = []
     model = Fn(lambda m, x: m.proj(m.norm(x))).eval()
     x = torch.randn(2, 8)
-    trace(model, lambda: outputs.append(model(x)), ["proj"])
+    trace(model, lambda: outputs.append(model(x)), layouts(model))
     assert not outputs[0].requires_grad
     assert torch.equal(outputs[0], model(x))

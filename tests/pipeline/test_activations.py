@@ -28,6 +28,13 @@ class Net(nn.Module):
         return self.b(torch.relu(self.a(self.norm(x))))
 
 
+class Curved(Net):
+    """Nothing passes GELU: b is smoothed by a multiply of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(nn.functional.gelu(self.a(self.norm(x))))
+
+
 class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -131,32 +138,37 @@ def test_layers_resolve_their_choice_one_by_one() -> None:
     assert str(model.peaked.input_format) == "pot4:tensor"
 
 
+def smoothed(seen: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each layer's input over the paper's s for alpha = 0.5."""
+    scales = {name: (x.abs().amax(0) / weights[name].abs().amax(0)).sqrt() for name, x in seen.items()}
+    dead = {name: x.abs().amax(0) < 1e-5 for name, x in seen.items()}
+    return {name: x / torch.where(dead[name], 1.0, scales[name]) for name, x in seen.items()}
+
+
 @pytest.mark.parametrize("method", ["rtn", "smoothquant"])
-def test_static_int8_is_absmax_over_127_after_smoothing(method: str) -> None:
-    model, data = Net().eval(), batches()
+@pytest.mark.parametrize("make", [Net, Curved])
+def test_static_int8_is_absmax_over_127_after_smoothing(make: type[Net], method: str) -> None:
+    """Folded into a norm, folded into rows (behind ReLU) or multiplied (behind GELU): the scale is the smoothed one."""
+    model, data = make().eval(), batches()
     seen = inputs(model, data)
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in seen}
     evenbits.quantize(model, scheme="W8A8_STATIC", method=method, data=data)
-    now = {"a": model.norm(torch.cat(data)).detach(), "b": None}
+    expected = smoothed(seen, weights) if method == "smoothquant" else seen
     for name, layer in layers(model).items():
-        x = seen[name]
-        if method == "smoothquant":
-            # What reaches the layer after the fold, or what its own multiplier makes of it.
-            x = now[name] if layer.input_multiplier is None else x * layer.input_multiplier
-            assert (layer.input_multiplier is None) == (name == "a")
-            assert not x.allclose(seen[name])
-        assert float(layer.input_scale) == pytest.approx(float(x.abs().max()) / 127, rel=1e-5)
+        assert (layer.input_multiplier is not None) == (method == "smoothquant" and make is Curved and name == "b")
+        assert (method == "smoothquant") == (not expected[name].allclose(seen[name]))
+        assert float(layer.input_scale) == pytest.approx(float(expected[name].abs().max()) / 127, rel=1e-5)
         assert str(layer.input_format) == "int8:tensor"
         assert layer.qweight().dequantize().shape == weights[name].shape
 
 
-def test_searched_scales_are_those_of_the_smoothed_input() -> None:
-    model, data = Net().eval(), batches()
+@pytest.mark.parametrize("make", [Net, Curved])
+def test_searched_scales_are_those_of_the_smoothed_input(make: type[Net]) -> None:
+    model, data = make().eval(), batches()
     seen = inputs(model, data)
-    chosen = scheme("ovp4:tensor")
-    evenbits.quantize(model, scheme=chosen, method="smoothquant", data=data)
-    balanced = {"a": model.norm(torch.cat(data)).detach(), "b": seen["b"] * model.b.input_multiplier}
-    for name, x in balanced.items():
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in seen}
+    evenbits.quantize(model, scheme=scheme("ovp4:tensor"), method="smoothquant", data=data)
+    for name, x in smoothed(seen, weights).items():
         search = ScaleSearch(Format.parse("ovp4:tensor"))
         search.measure(x)
         search.update(x)

@@ -20,16 +20,17 @@ D = 8
 
 
 class Pair(nn.Module):
-    """q and k read one norm; o reads their product."""
+    """q and k read one norm; o reads their product, which has q's rows for factors, or more if it is squashed."""
 
-    def __init__(self, residual: bool = False) -> None:
+    def __init__(self, residual: bool = False, squashed: bool = False) -> None:
         super().__init__()
         self.norm, self.q, self.k, self.o = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-        self.residual = residual
+        self.residual, self.squashed = residual, squashed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
-        y = self.o(self.q(h) * self.k(h))
+        product = self.q(h) * self.k(h)
+        y = self.o(torch.tanh(product) if self.squashed else product)
         return y + h if self.residual else y
 
 
@@ -55,20 +56,41 @@ def test_s_is_the_papers_formula_over_all_readers_and_all_batches() -> None:
     weights = torch.cat([model.q.weight, model.k.weight]).detach().double()
     expected = h.abs().amax(0) ** 0.3 / weights.abs().amax(0) ** 0.7
     assert torch.allclose(found.scales["q"].double(), expected, rtol=1e-5)
-    assert found.scales["q"] is found.scales["k"]
+    assert torch.equal(found.scales["q"], found.scales["k"])
     assert [row.alpha for row in found.rows] == [0.3, 0.3]
 
 
 def test_a_region_is_folded_once_and_the_other_multiplied() -> None:
-    found = balanced(Pair(), [torch.randn(3, D)])
-    assert len(found.folds) == 1 and found.multiplied == {"o"}
+    found = balanced(Pair(squashed=True), [torch.randn(3, D)])
+    assert len(found.folds) == 1 and found.multiplied == {"o"} and not found.row_factors
     assert [(row.name, row.status) for row in found.rows] == [("{q,k}", "folded"), ("o", "multiplied")]
+    assert "tanh" in found.rows[1].reason
 
 
-def test_a_residual_makes_it_a_multiply() -> None:
+def test_a_product_is_folded_into_the_rows_of_one_factor() -> None:
+    found = balanced(Pair(), [torch.randn(3, D)])
+    assert len(found.folds) == 2 and not found.multiplied
+    assert [row.reason for row in found.rows] == ["into norm", "into the rows of q"]
+    assert torch.allclose(found.row_factors["q"] * found.scales["o"], torch.ones(D, dtype=torch.float64))
+    assert set(found.row_factors) == {"q"}
+
+
+def test_a_residual_that_is_returned_makes_it_a_multiply() -> None:
     found = balanced(Pair(residual=True), [torch.randn(3, D)])
-    assert not found.folds and found.multiplied == {"q", "k", "o"}
-    assert "add" in found.rows[0].reason
+    assert len(found.folds) == 1 and found.multiplied == {"q", "k"}
+    assert found.rows[0].reason == "its tensor is an output of the model"
+
+
+def test_what_a_balanced_layer_delivers_sees_and_returns() -> None:
+    """o reads q·k, whose s is folded into q's rows: q returns its output over s, o sees its input over s."""
+    found = balanced(Pair(), [torch.randn(3, D)])
+    x, s = torch.randn(3, D), found.scales["o"]
+    assert torch.equal(found.delivered("o", x), x / s) and torch.equal(found.seen("o", x), x / s)
+    assert torch.allclose(found.returned("q", x), x / s)
+    assert torch.equal(found.returned("k", x), x)
+    squashed = balanced(Pair(squashed=True), [torch.randn(3, D)])
+    assert torch.equal(squashed.delivered("o", x), x) and torch.equal(squashed.returned("q", x), x)
+    assert torch.equal(squashed.seen("o", x), x / squashed.scales["o"])
 
 
 def test_balancing_changes_nothing_yet() -> None:
@@ -93,8 +115,8 @@ def test_a_refuted_fold_is_multiplied_with_the_proofs_reason() -> None:
             return self.o(self.q(h) * self.k(h)) + torch.from_numpy(h.numpy().copy())
 
     found = balanced(Hidden(), [torch.randn(3, D)])
-    assert not found.folds
-    assert found.rows[0].status == "multiplied" and found.rows[0].reason
+    assert [row.status for row in found.rows] == ["multiplied", "folded"]
+    assert found.multiplied == {"q", "k"} and found.rows[0].reason == "the fold changed the output when tried"
 
 
 def test_a_path_that_only_a_later_batch_takes_is_multiplied() -> None:
@@ -114,10 +136,40 @@ def test_without_a_balance_method_nothing_is_done() -> None:
     model = Pair()
     methods = Methods.parse("rtn", {})
     plans, seen = watched(model, [torch.randn(3, D)], methods)
-    assert balance(model, plans, seen, methods) == Balanced()
+    found = balance(model, plans, seen, methods)
+    assert found == Balanced(layouts=found.layouts) and set(found.layouts) == {"q", "k", "o"}
 
 
 def test_nothing_to_smooth_is_an_error_that_says_why() -> None:
-    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
-    with pytest.raises(EvenbitsError, match=r"no region was smoothed.*0: convolutions are not smoothed"):
-        balanced(model, [torch.randn(1, 2, 4, 4)])
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(D, D)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(EvenbitsError, match=r"no region was smoothed. a: did not run on the calibration data"):
+        balanced(Idle(), [torch.randn(3, D)])
+
+
+def test_convolutions_share_one_s_with_the_layer_that_reads_their_mean() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.gate = nn.Conv2d(3, D, 3), nn.Conv2d(D, 4, 1, groups=2), nn.Linear(D, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.a(x))
+            return self.b(y) * torch.sigmoid(self.gate(y.mean((2, 3))))[..., None, None]
+
+    model, data = Net(), [torch.randn(2, 3, 6, 6) for _ in range(2)]
+    found = balanced(model, data, alpha=0.4)
+    y = torch.cat([torch.relu(model.a(x)) for x in data]).detach().double()
+    absmax = torch.maximum(y.amax((0, 2, 3)), y.mean((2, 3)).amax(0))
+    grouped = model.b.weight.detach().double().view(2, 2, 4).abs().amax(1).flatten()
+    weights = torch.maximum(grouped, model.gate.weight.detach().double().abs().amax(0))
+    expected = absmax**0.4 / weights**0.6
+    for name in ("b", "gate"):
+        assert torch.allclose(found.scales[name].double(), expected, rtol=1e-5)
+    assert found.rows[1].reason == "into the rows of a"

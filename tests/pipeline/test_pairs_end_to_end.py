@@ -212,13 +212,13 @@ def test_calibration_weighs_and_without_it_nothing_is_weighed() -> None:
 def test_a_smoothed_layer_is_weighed_by_its_smoothed_input() -> None:
     """smoothquant and olive together: the weight is W·s, its column's weight E[x²] / s²."""
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 6)).eval()
+    model = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 6)).eval()
     weight, spread = model[2].weight.detach().clone(), torch.logspace(-1, 1, D)
     with torch.no_grad():
         model[0].weight *= spread.unsqueeze(1)
     data = [torch.randn(64, D) for _ in range(2)]
     with torch.no_grad():
-        seen = torch.cat([torch.relu(model[0](batch)) for batch in data]).double()
+        seen = torch.cat([nn.functional.gelu(model[0](batch)) for batch in data]).double()
     chosen = {"weights": "ovp4-int:row", "input_activations": "int8:row"}
     evenbits.quantize(model, scheme=chosen, method="smoothquant+olive", data=data)
     layer = layers(model)["2"]

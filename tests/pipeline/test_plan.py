@@ -8,10 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from evenbits.errors import EvenbitsError
-from evenbits.graph.trace import trace
+from evenbits.graph.trace import Trace, trace
+from evenbits.nn.layout import layout_of
 from evenbits.pipeline.plan import (
     LayerPlan,
-    kind_of,
     outside_readers,
     plan_layers,
     unwatched_readers,
@@ -24,7 +24,18 @@ SCHEME = Scheme(weights="int8:row", input_activations="int8:row")
 
 
 class Odd(nn.Linear):
-    """A subclass: it may use its weight in ways of its own."""
+    """A subclass that uses its weight in a way of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class Same(nn.Linear):
+    """A subclass that computes what its base does (Falcon's linear layer)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
 
 
 class Zoo(nn.Module):
@@ -66,11 +77,26 @@ def test_each_reason_says_what_it_is() -> None:
     assert found["lm_head"].reason == "ignored by the scheme"
 
 
-def test_shapes_are_stated_out_first_and_widths_are_inputs() -> None:
+def test_shapes_are_stated_out_first_and_layouts_know_the_channels() -> None:
     found = lines(Zoo())
-    assert found["linear"].shape == (4, 8) and found["linear"].width == 8
-    assert found["hf"].shape == (5, 8) and found["hf"].width == 8
-    assert found["conv"].shape == (6, 3, 3, 3) and found["conv"].width == 0 and found["conv"].channel_dim == -3
+    for name, shape, inputs, dim in (
+        ("linear", (4, 8), 8, -1),
+        ("hf", (5, 8), 8, -1),
+        ("conv", (6, 3, 3, 3), 3, -3),
+    ):
+        plan = found[name]
+        assert (plan.shape, plan.channels.in_channels, plan.channels.channel_dim) == (shape, inputs, dim)
+        assert plan.kind == plan.channels.kind
+
+
+def test_an_ignored_layer_keeps_its_layout_and_what_is_no_layer_has_none() -> None:
+    """An ignored layer is not quantized, but a neighbour's factors may be folded into it."""
+    found = lines(Zoo())
+    assert found["lm_head"].channels.in_channels == 8
+    for name in ("experts", "embed.weight", "attention.in_proj_weight", "odd.weight"):
+        assert found[name].layout is None
+        with pytest.raises(EvenbitsError, match=f"{name} .* is not a layer whose channels can be scaled"):
+            _ = found[name].channels
 
 
 def test_a_conv1d_weight_is_turned_and_shares_memory() -> None:
@@ -81,12 +107,25 @@ def test_a_conv1d_weight_is_turned_and_shares_memory() -> None:
     assert weight_OI(nn.Conv2d(4, 6, 3, groups=2)).shape == (6, 2 * 9)
 
 
-def test_only_exact_classes_are_replaced() -> None:
+def test_what_computes_a_linear_layer_or_a_convolution_is_replaced() -> None:
     fake = type("Conv1D", (nn.Module,), {})
-    assert kind_of(nn.Linear(2, 2)) == "Linear" and kind_of(nn.Conv2d(1, 1, 1)) == "Conv2d"
-    assert kind_of(Conv1D(2, 2)) == "Conv1D"
-    for module in (Odd(2, 2), fake(), nn.Conv1d(1, 1, 1), nn.ConvTranspose2d(1, 1, 1), nn.Bilinear(2, 2, 2)):
-        assert kind_of(module) is None
+    kinds = {
+        "Linear": [nn.Linear(2, 2), Same(2, 2), Same(2, 2, bias=False)],
+        "Conv1D": [Conv1D(2, 2)],
+        "Conv1d": [nn.Conv1d(1, 1, 1)],
+        "Conv2d": [nn.Conv2d(1, 1, 1)],
+        "Conv3d": [nn.Conv3d(1, 1, 1)],
+        "ConvTranspose1d": [nn.ConvTranspose1d(1, 1, 1)],
+        "ConvTranspose2d": [nn.ConvTranspose2d(1, 1, 1)],
+        "ConvTranspose3d": [nn.ConvTranspose3d(1, 1, 1)],
+    }
+    for kind, modules in kinds.items():
+        for module in modules:
+            layout = layout_of(module)
+            assert layout is not None and layout.kind == kind
+    attention = nn.MultiheadAttention(8, 2)
+    for module in (Odd(2, 2), fake(), nn.Bilinear(2, 2, 2), nn.Embedding(2, 2), attention.out_proj):
+        assert layout_of(module) is None
 
 
 def test_a_tied_weight_stays_float_and_names_its_partner() -> None:
@@ -102,6 +141,7 @@ def test_two_linears_with_one_weight_both_stay_float() -> None:
     model["b"].weight = model["a"].weight
     found = lines(model)
     assert "tied to b.weight" in found["a"].reason and found["c"].reason == ""
+    assert found["a"].layout is None and found["b"].layout is None  # nor may anything be folded into it
 
 
 def test_one_module_in_two_places_is_one_layer_and_not_tied() -> None:
@@ -154,6 +194,10 @@ def test_a_weight_norm_linear_is_not_replaced_but_has_lines() -> None:
     assert found and all(plan.reason for plan in found.values())
 
 
+def traced(model: nn.Module, plans: list[LayerPlan], *inputs: torch.Tensor) -> Trace:
+    return trace(model, lambda: model(*inputs), {plan.name: plan.layout for plan in plans if plan.layout is not None})
+
+
 class Peeks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -167,8 +211,7 @@ class Peeks(nn.Module):
 def test_a_weight_read_outside_its_layer_is_found() -> None:
     model = Peeks().eval()
     plans = plan_layers(model, SCHEME)
-    flow = trace(model, lambda: model(torch.randn(2, 8)), ["proj", "fine", "direct"])
-    found = outside_readers(flow, plans)
+    found = outside_readers(traced(model, plans, torch.randn(2, 8)), plans)
     assert set(found) == {"proj", "direct"}
     assert "read directly by the model" in found["proj"]
 
@@ -177,9 +220,8 @@ def test_a_fused_layer_that_hides_from_hooks_is_found() -> None:
     """In evaluation nn.TransformerEncoderLayer hands its weights to one fused operation, if it has no hooks."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 8)).eval()
     plans = plan_layers(model, SCHEME)
-    names = [plan.name for plan in plans if not plan.reason]
     x = torch.randn(2, 3, 8)
-    watched = trace(model, lambda: model(x), names)
-    bare = trace(model, lambda: model(x), (), hooks=False)
+    watched = traced(model, plans, x)
+    bare = trace(model, lambda: model(x), {}, hooks=False)
     assert not outside_readers(watched, plans)
     assert set(unwatched_readers(watched, bare, plans)) == {"0.linear1", "0.linear2"}

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from evenbits.graph.folding import Fold
-from evenbits.graph.regions import Producer
+from evenbits.graph.regions import Part, Region
+from evenbits.graph.variables import Source
 from evenbits.pipeline import swap as module
 from evenbits.pipeline.swap import swap
 
@@ -22,7 +23,13 @@ def net() -> nn.Sequential:
 
 
 def folds(model: nn.Module) -> list[tuple[Fold, torch.Tensor]]:
-    return [(Fold(model, Producer(f"{i}.weight", f"{i}.bias", 0.0)), torch.rand(D) + 0.5) for i in (0, 2)]
+    every = torch.arange(D)
+
+    def region(i: int) -> Region:
+        parts = tuple(Part(Source(f"{i}.{name}", False, 0.0, 1, D), every) for name in ("weight", "bias"))
+        return Region((f"{i + 1}",), D, {f"{i + 1}": every}, {}, parts)
+
+    return [(Fold(model, region(i)), torch.rand(D) + 0.5) for i in (0, 2)]
 
 
 def snapshot(model: nn.Module) -> Any:
@@ -64,11 +71,11 @@ def test_an_error_while_folding_takes_it_back(monkeypatch: pytest.MonkeyPatch) -
     made = folds(model)
 
     def fail(_: torch.Tensor) -> None:
-        made[1][0]._gain.data.zero_()  # after half of the work
+        model[2].weight.data.zero_()  # after half of the work
         raise RuntimeError("half-way")
 
     original = made[1][0].apply
-    monkeypatch.setattr(made[1][0], "apply", lambda scale: (original(scale), fail(scale)))
+    monkeypatch.setattr(made[1][0], "apply", lambda scale, without: (original(scale, without=without), fail(scale)))
     with pytest.raises(RuntimeError, match="half-way"), swap(model, {"1": nn.Identity()}, made):
         pytest.fail("the block must not run")
     assert unchanged(model, before)

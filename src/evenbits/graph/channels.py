@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from evenbits.graph.rules import RULES, Opaque, base_name
+from evenbits.graph.rules import RULES, Opaque, base_name, is_exact
 from evenbits.graph.variables import ONE, Source, Variables
 from evenbits.nn.layout import Layout
 
@@ -42,6 +42,7 @@ class ChannelFlow:
         self._parameters: dict[int, str] = {}
         self._sources: dict[tuple[str, bool, float], Source] = {}
         self._opaque: set[int] = set()
+        self._derived: set[int] = set()  # values that are a parameter's elements, at most with a number added
         self._inside: list[str] = []
 
     def add_parameter(self, value: int, name: str) -> None:
@@ -58,6 +59,8 @@ class ChannelFlow:
             labels = torch.full((1,) * len(shape), ONE)
         along = [1] * len(shape)
         along[layout.channel_dim] = layout.in_channels
+        if labels.shape[layout.channel_dim] == layout.in_channels > 1:
+            labels = self._one_per_channel(labels, layout)
         if any(size not in (1, wanted) for size, wanted in zip(labels.shape, along, strict=True)):
             self.variables.fix(labels, f"its factors do not lie along the channels of {name}")
             labels = torch.full((1,) * len(shape), ONE)
@@ -65,6 +68,17 @@ class ChannelFlow:
         if name in self.inputs:
             self.variables.unify(self.inputs[name], channels_I)
         self.inputs[name] = channels_I
+
+    def _one_per_channel(self, labels: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Where a channel has several factors over its positions (pixels that were shuffled), they must be equal. That
+        is asked of them if no channel shares a factor with another; else the labels are returned as they are."""
+        rows_CP = self.variables.find(labels).movedim(layout.channel_dim, 0).flatten(1)
+        channels_CP = torch.arange(len(rows_CP)).unsqueeze(1).expand_as(rows_CP)
+        pairs = torch.stack([rows_CP.flatten(), channels_CP.flatten()]).unique(dim=1)
+        if rows_CP.shape[1] == 1 or len(pairs[0].unique()) < pairs.shape[1]:
+            return labels
+        self.variables.unify(rows_CP, rows_CP[:, :1])
+        return layout.on_activation(rows_CP[:, 0], labels.ndim)
 
     def leave(self, name: str, outputs: Sequence[tuple[int, Sequence[int]]]) -> None:
         """A layer returned values (with their shapes)."""
@@ -85,6 +99,8 @@ class ChannelFlow:
 
     def parameter_of(self, labels: torch.Tensor) -> str | None:
         """The parameter whose elements these labels are, one by one (offset 0), or None."""
+        if not labels.numel():
+            return None
         first = int(labels.flatten()[0])
         for (name, rows, offset), source in self._sources.items():
             same = source.first == first and source.size == labels.numel()
@@ -119,13 +135,17 @@ class ChannelFlow:
         look = _Look(self, read, where)
         found: Any = None
         try:
-            if name not in RULES:
+            if name not in RULES or "out" in kwargs:
                 raise Opaque
             found = RULES[name](look, func, args, dict(kwargs), output)
         except Opaque:
             for value in {*values, *sharing}:
                 self._close(value, f"its tensor is also read by {name}{where}")
+        # A parameter that a rule did not follow is used in a way that no factor of its would survive.
+        self._opaque.update(value for value in values if value in self._parameters and value not in self.labels)
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if is_exact(func, len(values)) and self.is_derived(values[0]):
+            self._derived.update(value_of(tensor) for tensor in outputs)
         self.see(place, (value_of(tensor) for tensor in outputs))
         for tensor, labels in zip(outputs, found if isinstance(found, list) else [found], strict=False):
             if labels is not None:
@@ -136,6 +156,10 @@ class ChannelFlow:
             self._opaque.add(value)
         if value in self.labels:
             self.variables.fix(self.labels[value], reason)
+
+    def is_derived(self, value: int) -> bool:
+        """Whether a value is a parameter, rearranged or with a number added at most."""
+        return value in self._parameters or value in self._derived
 
     def see(self, scope: str, values: Iterable[int]) -> None:
         """Values that the code of a module's forward has in its hands."""
@@ -188,22 +212,11 @@ class _Look:
         if not isinstance(tensor, torch.Tensor):
             return None
         found = self._flow.parameter_labels(self._read[id(tensor)], tensor.shape)
-        if found is None:
-            found = self.labels(tensor)
-            if found is None or not self.is_parameter(found):
-                return None
-        return found
+        return self.labels(tensor) if found is None and self.derived(tensor) else found
 
-    def is_parameter(self, labels: torch.Tensor) -> bool:
-        """Whether labels are those of a parameter, each element once."""
-        return self._flow.parameter_of(labels) is not None or self._offset(labels) is not None
-
-    def _offset(self, labels: torch.Tensor) -> Source | None:
-        first = int(labels.flatten()[0])
-        for source in self._flow.sources:
-            if source.first == first and not source.rows and torch.equal(labels.flatten(), source.variables):
-                return source
-        return None
+    def derived(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter, rearranged or with a number added at most."""
+        return self._flow.is_derived(self._read[id(tensor)])
 
     def shifted(self, labels: torch.Tensor, offset: float) -> torch.Tensor | None:
         """Labels of (offset + parameter), which is scaled by changing the parameter; None if it is no parameter."""

@@ -77,14 +77,14 @@ def _same_tensor(trace: Trace, calls: Mapping[str, list[int]]) -> list[tuple[str
     """Layers in groups: those that read one tensor."""
     roots = {}
     for name, values in calls.items():
-        spatial = name in trace.flow.layers and trace.flow.layers[name].spatial > 0
-        roots[name] = {(trace.root(value, whole=spatial), spatial) for value in values}
+        spatial = trace.flow.layers[name].spatial if name in trace.flow.layers else 0
+        roots[name] = {(trace.root(value, whole=spatial > 0), spatial) for value in values}
     return [names for names, _ in components(roots)]
 
 
-def components(roots: Mapping[str, set[tuple[int, bool]]]) -> list[tuple[tuple[str, ...], set[tuple[int, bool]]]]:
+def components(roots: Mapping[str, set[tuple[int, int]]]) -> list[tuple[tuple[str, ...], set[tuple[int, int]]]]:
     """Names whose sets touch, directly or through others, with the union of their sets; in order of first use."""
-    found: list[tuple[list[str], set[tuple[int, bool]]]] = []
+    found: list[tuple[list[str], set[tuple[int, int]]]] = []
     for name, values in roots.items():
         touching = [component for component in found if component[1] & values]
         merged = ([n for c in touching for n in c[0]] + [name], set(values).union(*(c[1] for c in touching)))
@@ -124,13 +124,16 @@ def _why(trace: Trace, group: tuple[str, ...]) -> str:
     index = trace.producer.get(value)
     if index is None:
         return "its tensor comes from outside the model"
-    return f"computed by {_short(trace.ops[index])}, through which no factor passes"
+    op = trace.ops[index]
+    if op.module in trace.flow.layers:
+        return f"the rows of {op.module} also meet channels that nothing scales"
+    return f"computed by {_short(op)}, through which no factor passes"
 
 
 def _joined_by_channels(flow: ChannelFlow, groups: Iterable[tuple[str, ...]]) -> list[Region]:
     """Regions of the groups that share variables."""
     classes = {name: flow.variables.find(flow.inputs[name]) for group in groups for name in group}
-    roots = {group: {(int(c), True) for name in group for c in classes[name].unique()} for group in groups}
+    roots = {group: {(int(c), 0) for name in group for c in classes[name].unique()} for group in groups}
     regions = []
     for members, _ in components({str(i): roots[group] for i, group in enumerate(groups)}):
         by_number = dict(enumerate(groups))

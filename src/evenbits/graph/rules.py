@@ -47,13 +47,17 @@ def _same(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _copy(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    if isinstance(output, torch.Tensor) and not output.is_floating_point() and args[0].is_floating_point():
+        raise Opaque  # rounds to whole numbers
     labels = look.labels(args[0])
     return labels if labels is not None else look.parameter(args[0])
 
 
 def _rearranged(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    if func._schema.is_mutable:
+        raise Opaque  # t_, squeeze_: the shape before the operation is gone
     data = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-    labels = [_copy(look, func, (x,), kwargs, output) for x in data]
+    labels = [_copy(look, func, (x,), kwargs, None) for x in data]
     if all(found is None for found in labels):
         return None
     if any(x.numel() > _LARGEST for x in data):
@@ -114,8 +118,8 @@ def _reduced(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
         raise Opaque
     dims = {dim % labels.ndim for dim in (args[1] if isinstance(args[1], (list, tuple)) else [args[1]])}
     keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
-    if any(labels.shape[dim] > 1 for dim in dims):
-        raise Opaque
+    if not dims or any(labels.shape[dim] > 1 for dim in dims):
+        raise Opaque  # no dimensions: all of them
     kept = [size for dim, size in enumerate(labels.shape) if dim not in dims]
     return labels if keep else labels.reshape(kept)
 
@@ -142,9 +146,11 @@ def _added(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
 def _plus_number(look: Any, tensor: torch.Tensor, number: Any) -> Any:
     labels = look.labels(tensor)
     labels = labels if labels is not None else look.parameter(tensor)
+    if isinstance(number, torch.Tensor) and look.labels(number) is not None:
+        raise Opaque
     if labels is None or (isinstance(number, (int, float)) and number == 0):
         return labels
-    offset = float(number) if isinstance(number, (int, float)) else None
+    offset = float(number) if isinstance(number, (int, float)) and look.derived(tensor) else None
     shifted = None if offset is None else look.shifted(labels, offset)
     if shifted is None:
         raise Opaque
@@ -234,6 +240,12 @@ def _normed(gain_at: int, shift_at: int | None, channel_dim: int) -> Callable[..
         return [labels] if isinstance(output, (list, tuple)) else labels
 
     return rule
+
+
+def is_exact(func: Any, tensors: int) -> bool:
+    """Whether an operation on one tensor gives its elements, in another order or with a number added."""
+    rule = RULES.get(base_name(func))
+    return tensors == 1 and rule in (_copy, _rearranged, _added)
 
 
 def _named(words: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

@@ -2,8 +2,8 @@
 
 No export and no table of architectures: whatever Python the model runs, the operations that reach torch are seen
 through a `TorchDispatchMode`. A *value* is one tensor at one moment (an in-place write makes a new value). Intermediate
-tensors are
-not kept alive: values are numbered, and numbers are found again through weak references while their tensor lives.
+tensors are not kept alive: values are numbered, and numbers are found again through weak references while their tensor
+lives.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class _Recorder(TorchDispatchMode):
         self.layers = layers
         self.result = Trace()
         self.stack: list[str] = [""]
+        self.aside = False  # while labels are computed: no operations of the model
         self._next = 0
         self._live: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._storage: dict[int, set[int]] = {}
@@ -130,6 +131,15 @@ class _Recorder(TorchDispatchMode):
         self.result.flow = ChannelFlow(layers, owned)
         for value, known in self.result.parameters.items():
             self.result.flow.add_parameter(value, known[0])
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Hooks run inside the recorder; what they compute is none of the model's data flow."""
+        self.aside = True
+        try:
+            yield
+        finally:
+            self.aside = False
 
     def value_of(self, tensor: torch.Tensor) -> int:
         """The number of the value that `tensor` holds now."""
@@ -161,6 +171,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.aside:
+            return func(*args, **kwargs)
         recorded = tuple(self._simple(argument) for argument in args)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         read = {id(leaf): self.value_of(leaf) for leaf in leaves}
@@ -219,7 +231,8 @@ def _module_names(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             if name in recorder.layers:
                 value = recorder.value_of(given[0])
                 recorder.result.calls.setdefault(name, []).append(value)
-                flow.enter(name, value, given[0].shape)
+                with recorder.looking_away():
+                    flow.enter(name, value, given[0].shape)
 
         return hook
 
@@ -229,7 +242,8 @@ def _module_names(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             given = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
             flow.see(recorder.stack[-1], (recorder.value_of(tensor) for tensor in given))
             if name in recorder.layers:
-                flow.leave(name, [(recorder.value_of(tensor), tensor.shape) for tensor in given])
+                with recorder.looking_away():
+                    flow.leave(name, [(recorder.value_of(tensor), tensor.shape) for tensor in given])
 
         return hook
 
