@@ -18,7 +18,7 @@ from evenbits.errors import EvenbitsError
 FILES = sorted(
     path
     for path in pathlib.Path(evenbits.algorithms.__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "base")
+    if path.stem not in ("__init__", "base", "alpha")
 )
 
 

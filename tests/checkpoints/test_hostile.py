@@ -31,7 +31,7 @@ D = 16
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.a, self.b, self.act = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, 4), nn.ReLU()
+        self.norm, self.a, self.b, self.act = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, 4), nn.GELU()
         self.conv, self.table = nn.Conv2d(2, 3, 3, padding=1), nn.Embedding(100, D)
         self.tied = nn.Embedding(100, D)
         self.tied.weight = self.table.weight

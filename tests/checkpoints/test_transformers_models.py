@@ -20,6 +20,9 @@ from evenbits.graph.folding import Fold
 from evenbits.graph.regions import find_regions
 from evenbits.graph.trace import trace
 from evenbits.nn.base import QuantizedLayer
+from evenbits.pipeline.plan import plan_layers
+from evenbits.pipeline.watch import without_cache
+from evenbits.schemes.scheme import Scheme
 
 V, D = 64, 32
 _TEXT: dict[str, Any] = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -196,7 +199,7 @@ def test_bert_has_residual_norms_and_is_multiplied(smoothed: Any) -> None:
     for index in (0, 1):
         block = f"bert.encoder.layer.{index}"
         row = rows[f"{block}.attention.self.{{query,key,value}}"]
-        assert row.status == "multiplied" and "also read by add" in row.reason
+        assert row.status == "multiplied" and "also read by layer_norm" in row.reason
         assert rows[f"{block}.intermediate.dense"].status == "multiplied"
     assert rows["bert.pooler.dense"].status == "folded"
     assert all(row.status in ("folded", "multiplied") for row in result.regions)
@@ -208,10 +211,11 @@ def test_llama_folds_its_input_norms(smoothed: Any) -> None:
     rows = {row.name: (row.status, row.reason) for row in result.regions}
     for index in (0, 1):
         block = f"model.layers.{index}"
-        assert rows[f"{block}.self_attn.{{q_proj,k_proj,v_proj}}"] == ("folded", f"into {block}.input_layernorm.weight")
-        after = f"into {block}.post_attention_layernorm.weight"
+        assert rows[f"{block}.self_attn.{{q_proj,k_proj,v_proj}}"] == ("folded", f"into {block}.input_layernorm")
+        after = f"into {block}.post_attention_layernorm"
         assert rows[f"{block}.mlp.{{gate_proj,up_proj}}"] == ("folded", after)
-        assert rows[f"{block}.self_attn.o_proj"][0] == rows[f"{block}.mlp.down_proj"][0] == "multiplied"
+        assert rows[f"{block}.self_attn.o_proj"] == ("folded", f"into the rows of {block}.self_attn.v_proj")
+        assert rows[f"{block}.mlp.down_proj"] == ("folded", f"into the rows of {block}.mlp.up_proj")
     assert next(row for row in result.layers if row.name == "lm_head").reason == "ignored by the scheme"
 
 
@@ -259,20 +263,19 @@ def test_smoothing_leaves_the_float64_output_within_a_billionth(family: str) -> 
         model.set_experts_implementation("eager")  # the grouped product has no float64
     batch = {name: t.double() if t.is_floating_point() else t for name, t in batch.items()}
     before = logits(model, batch)
-    kinds = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    tied = {
-        n for n, m in kinds.items() if sum(p is m.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
-    }
-    widths = {n: m.weight.shape[0 if type(m).__name__ == "Conv1D" else 1] for n, m in kinds.items() if n not in tied}
-    regions = find_regions(trace(model, lambda: model(**batch), widths), widths)
-    folded = [region for region in regions if region.producer is not None]
-    assert bool(folded) != (family == "bart")  # BART normalises after the residual: its norms have other readers
+    plans = plan_layers(model, Scheme("int8:row", ignore=()))
+    layouts = {plan.name: plan.layout for plan in plans if plan.layout is not None}
+    widths = {name: layout.in_channels for name, layout in layouts.items()}
+    with without_cache(model):
+        regions = find_regions(trace(model, lambda: model(**batch), layouts), widths)
+    folded = [region for region in regions if region.parts]
+    assert folded
     for region in folded:
-        scale_I = torch.logspace(-1.5, 1.5, region.width, dtype=torch.float64)[torch.randperm(region.width)]
-        Fold(model, region.producer).apply(scale_I)
-        for name in region.layers:
-            weight = kinds[name].weight.data
-            weight.mul_(scale_I[:, None] if type(kinds[name]).__name__ == "Conv1D" else scale_I)
+        scale_S = torch.logspace(-1.5, 1.5, region.width, dtype=torch.float64)[torch.randperm(region.width)]
+        Fold(model, region).apply(scale_S)
+        for name, index_I in region.index.items():
+            weight = model.get_submodule(name).weight.data
+            weight.mul_(layouts[name].mount_inputs(scale_S[index_I], weight.ndim))
     # Gemma's norm computes (1 + w)·x in float32 whatever the model's type is; tests/graph has a norm that does not.
     assert relative(logits(model, batch), before) < (5e-6 if family == "gemma2" else 1e-9)
 

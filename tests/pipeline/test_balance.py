@@ -45,7 +45,7 @@ def watched(model: nn.Module, data: Any, methods: Methods) -> tuple[list[LayerPl
 def balanced(model: nn.Module, data: Any, **options: Any) -> Balanced:
     methods = Methods.parse("smoothquant", options)
     plans, seen = watched(model, data, methods)
-    return balance(model, plans, seen, methods)
+    return balance(model, plans, seen, resolve("W8A8"), methods)
 
 
 def test_s_is_the_papers_formula_over_all_readers_and_all_batches() -> None:
@@ -136,7 +136,7 @@ def test_without_a_balance_method_nothing_is_done() -> None:
     model = Pair()
     methods = Methods.parse("rtn", {})
     plans, seen = watched(model, [torch.randn(3, D)], methods)
-    found = balance(model, plans, seen, methods)
+    found = balance(model, plans, seen, resolve("W8A8"), methods)
     assert found == Balanced(layouts=found.layouts) and set(found.layouts) == {"q", "k", "o"}
 
 

@@ -165,8 +165,8 @@ def test_smoothing_with_rounding_switched_off_changes_nothing(kind: str, monkeyp
     """256 codes would hide a wrong scale; here the smoothed weights take the codes' place, in the whole net."""
     decided: list[Balanced] = []
 
-    def noted(*args: Any) -> Balanced:
-        decided.append(balance(*args))
+    def noted(*args: Any, **kwargs: Any) -> Balanced:
+        decided.append(balance(*args, **kwargs))
         return decided[0]
 
     monkeypatch.setattr(quantize_module, "balance", noted)
@@ -718,8 +718,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, e
 
 
 POINTS: dict[str, tuple[Any, str, int]] = {
-    "third layer": (solve_module, "_layer", 3),
-    "last layer": (solve_module, "_layer", 13),
+    "third layer": (solve_module, "build_layer", 3),
+    "last layer": (solve_module, "build_layer", 13),
     "output errors": (solve_module, "_output_errors", 1),
     "replace": (swap_module, "replace_modules", 1),
     "second fold of the proof": (Fold, "apply", 2),

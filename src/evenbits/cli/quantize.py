@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evenbits.cli import options
 from evenbits.cli.output import emit, note, working
 
 if TYPE_CHECKING:
@@ -14,47 +15,25 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or FILE.py:factory.")],
+    model: options.Model,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write. Default: ./NAME-SCHEME.")
     ] = None,
-    scheme: Annotated[
-        str, typer.Option(help="A preset (W8A8, W8A8_STATIC, W4A16_OVP, W4A8_OVP, W4A4_OVP, …) or a YAML file.")
-    ] = "W8A8",
-    method: Annotated[
-        str | None, typer.Option(help="smoothquant, olive, ant, rtn, or smoothquant+olive. Default: by the scheme.")
-    ] = None,
-    alpha: Annotated[
-        str | None,
-        typer.Option(help="SmoothQuant's migration strength: 0..1, auto or auto:LOW:HIGH:STEP. Default: 0.5."),
-    ] = None,
-    criterion: Annotated[
-        str | None, typer.Option(help="Of --alpha auto: loss (of the outputs), or min, max, mean of the layers' own α.")
-    ] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="Of --alpha auto: region (each its own α), or block (one α, by its output).")
-    ] = None,
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="Of --alpha auto: later blocks are tuned on quantized inputs.")
-    ] = False,
-    policy: Annotated[
-        str | None, typer.Option(help="Of outlier-victim pairs (method olive): optimal, paper or reference.")
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text, table, arrays or FILE.py:batches. Default: a small built-in text, for models of text."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration blocks of text, or array rows.", min=1)] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per block of calibration text.", min=2)] = 128,
-    batch_size: Annotated[int, typer.Option(help="Calibration batch size.", min=1)] = 8,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="A layer to keep in float: name, last part or glob. Repeatable.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of what stays float: float32, float16, bfloat16.")] = "float32",
+    scheme: options.Scheme = "W8A8",
+    method: options.Method = None,
+    alpha: options.Alpha = None,
+    criterion: options.Criterion = None,
+    scope: options.Scope = None,
+    sequential: options.Sequential = False,
+    policy: options.Policy = None,
+    calibration: options.Calibration = None,
+    samples: options.Samples = 128,
+    sequence_length: options.SequenceLength = 128,
+    batch_size: options.BatchSize = 8,
+    ignore: options.Ignore = None,
+    dtype: options.Dtype = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an evenbits folder at OUT.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Quantize a model, write it, read it back, compare, and say what was done layer by layer."""
     with working():
@@ -65,7 +44,7 @@ def quantize(
             output,
             scheme=scheme,
             method=method,
-            options=_options(
+            options=options.given(
                 alpha=alpha, policy=policy, criterion=criterion, scope=scope, sequential=sequential or None
             ),
             calibration=calibration,
@@ -81,15 +60,6 @@ def quantize(
         emit(run.to_json())
     else:
         _show(run)
-
-
-def _options(*, alpha: str | None, **others: Any) -> dict[str, Any]:
-    """Options of the methods that were given; alpha as a number where it is one."""
-    try:
-        number: float | str | None = None if alpha is None else float(alpha)
-    except ValueError:
-        number = alpha
-    return {name: value for name, value in {"alpha": number, **others}.items() if value is not None}
 
 
 def _show(run: Run) -> None:

@@ -165,7 +165,7 @@ class ChannelFlow:
         """Values that the code of a module's forward has in its hands."""
         self._scopes.setdefault(scope, set()).update(values)
 
-    def finish(self, escaped: set[int]) -> None:
+    def finish(self, escaped: set[int], shapes: Mapping[int, Sequence[int]]) -> None:
         """Fixes what leaves the model, what belongs to layers whose parameters others read, too, and what a layer that
         did not run this time (an expert nothing was routed to) could read when it does."""
         for value in escaped & set(self.labels):
@@ -180,7 +180,8 @@ class ChannelFlow:
             while above and above not in self._scopes:
                 above = above.rpartition(".")[0]
             for value in self._scopes.get(above, set()) & set(self.labels):
-                self.variables.fix(self.labels[value], f"{name}, which did not run, may read it")
+                if self.layers[name].fits(shapes[value]):
+                    self.variables.fix(self.labels[value], f"{name}, which did not run, may read it")
 
     def parameter_labels(self, value: int, shape: torch.Size) -> torch.Tensor | None:
         """Labels of a parameter that varies along one dimension at most, or None."""

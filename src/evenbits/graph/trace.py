@@ -101,7 +101,8 @@ def trace(model: nn.Module, run: Callable[[], Any], layers: Mapping[str, Layout]
         gc.collect()  # it may only wait for the collector
     # Whatever is still alive is held by the output or by something that the forward filled (a cache, an attribute).
     recorder.result.escaped |= recorder.alive() | returned
-    recorder.result.flow.finish(recorder.result.escaped - set(recorder.result.parameters))
+    result = recorder.result
+    result.flow.finish(result.escaped - set(result.parameters), result.shapes)
     del output, leaves, bases
     return recorder.result
 

@@ -15,6 +15,7 @@ O: out, I: in, g: groups, k: kernel positions, K: I/g · k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -47,6 +48,10 @@ class Layout:
     @property
     def channel_dim(self) -> int:
         return -1 - self.spatial
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape could be the layer's input."""
+        return len(shape) > self.spatial and shape[self.channel_dim] == self.in_channels
 
     def canonical(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight as [g, O/g, I/g, k] (shares memory where strides allow)."""
