@@ -1,6 +1,4 @@
-"""Paths through which nothing may be folded: the rules multiply and say why, and where the rules are passed by, the proof
-refutes the fold.
-"""
+"""Paths through which nothing may be folded: the rules multiply and say why; past the rules the proof refutes them."""
 
 from __future__ import annotations
 
