@@ -65,9 +65,10 @@ def conv(out: int = D, width: int = D, kernel: int = 3, **kwargs: Any) -> nn.Con
 
 
 def affine(norm: nn.Module) -> nn.Module:
-    """Gives a norm a gain and a bias (and statistics) that are not those of the first day."""
+    """Gives a norm, or all norms of a net, a gain and a bias (and statistics) that are not those of the first day."""
     for tensor in norm.parameters():
-        tensor.data.uniform_(0.5, 1.5)
+        if tensor.ndim == 1:
+            tensor.data.uniform_(0.5, 1.5)
     for name, tensor in norm.named_buffers():
         if name.startswith("running_"):
             tensor.uniform_(0.5, 1.5)
