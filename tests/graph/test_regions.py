@@ -9,6 +9,7 @@ import pytest
 import torch
 from graph_nets import D, HandLayerNorm, Handmade, HandRMSNorm, conv, lin, proved, regions
 from torch import nn
+from torch.nn import functional as F
 
 from evenbits.graph.regions import Region
 
@@ -16,6 +17,11 @@ from evenbits.graph.regions import Region
 def only(model: nn.Module, x: torch.Tensor | None = None, layers: list[str] | None = None) -> Region:
     (region,) = regions(model, torch.randn(2, 3, D) if x is None else x, layers=layers)
     return region
+
+
+def scaled(gain: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A norm whose gain is made of a parameter."""
+    return Handmade(lambda m, x: F.normalize(x, dim=-1) * gain(m.weight), weight=nn.Parameter(torch.rand(D) + 0.5))
 
 
 def sources(region: Region) -> list[tuple[str, float]]:
@@ -33,13 +39,30 @@ def sources(region: Region) -> list[tuple[str, float]]:
         (HandRMSNorm(swap=True), "norm.weight", None, 0.0),
         (HandRMSNorm(offset=1.0), "norm.weight", None, 1.0),
         (HandRMSNorm(offset=0.5, swap=True), "norm.weight", None, 0.5),
+        (scaled(lambda w: w - 3), "norm.weight", None, -3.0),
+        (scaled(lambda w: torch.add(w, 1, alpha=2)), "norm.weight", None, 2.0),
+        (scaled(lambda w: 1 + w.double().float().view(1, 1, -1)), "norm.weight", None, 1.0),
     ],
-    ids=["LayerNorm", "LayerNorm-no-bias", "RMSNorm", "LayerNorm-hand", "hand", "hand-swapped", "1+w", "0.5+w"],
+    ids=[
+        "LayerNorm",
+        "LayerNorm-no-bias",
+        "RMSNorm",
+        "LayerNorm-hand",
+        "hand",
+        "hand-swapped",
+        "1+w",
+        "0.5+w",
+        "w-3",
+        "w+2·1",
+        "1+w viewed",
+    ],
 )
 def test_a_norm_is_folded_into_its_gain_and_bias(norm: nn.Module, gain: str, shift: str, offset: float) -> None:
-    region = only(Handmade(lambda m, x: m.proj(m.norm(x)), norm=norm, proj=lin()))
+    model = Handmade(lambda m, x: m.proj(m.norm(x)), norm=norm, proj=lin())
+    region = only(model)
     assert sources(region) == [(gain, offset), *([(shift, 0.0)] if shift else [])], region.reason
     assert region.reason == "" and region.width == D and region.into == "norm"
+    assert proved(model, [region], torch.randn(2, 3, D)) == {}
 
 
 @pytest.mark.parametrize(

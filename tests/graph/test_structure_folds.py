@@ -135,7 +135,7 @@ def test_values_read_by_two_attentions_and_two_outputs_are_one_region() -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_residual_stream_is_one_region(inplace: bool) -> None:
-    """Stem, two residual blocks, head: whoever writes to the stream is a source, whoever reads it a reader."""
+    """Stem, two residual blocks without norms, head: who writes to the stream is a source, who reads it a reader."""
 
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = m.stem(x).relu()

@@ -42,7 +42,8 @@ class ChannelFlow:
         self._parameters: dict[int, str] = {}
         self._sources: dict[tuple[str, bool, float], Source] = {}
         self._opaque: set[int] = set()
-        self._derived: set[int] = set()  # values that are a parameter's elements, at most with a number added
+        self._derived: dict[int, Source] = {}  # values that are a parameter's elements, at most with a number added
+        self._uses: dict[str, set[float]] = {}  # parameter → numbers with which it is used
         self._inside: list[str] = []
 
     def add_parameter(self, value: int, name: str) -> None:
@@ -133,6 +134,7 @@ class ChannelFlow:
             return
         where = f" in {place or 'the model'}"
         look = _Look(self, read, where)
+        exact = is_exact(func, len(values))
         found: Any = None
         try:
             if name not in RULES or "out" in kwargs:
@@ -144,8 +146,8 @@ class ChannelFlow:
         # A parameter that a rule did not follow is used in a way that no factor of its would survive.
         self._opaque.update(value for value in values if value in self._parameters and value not in self.labels)
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-        if is_exact(func, len(values)) and self.is_derived(values[0]):
-            self._derived.update(value_of(tensor) for tensor in outputs)
+        for value in values:
+            self._follow_parameter(value, exact, found, [value_of(tensor) for tensor in outputs])
         self.see(place, (value_of(tensor) for tensor in outputs))
         for tensor, labels in zip(outputs, found if isinstance(found, list) else [found], strict=False):
             if labels is not None:
@@ -156,6 +158,18 @@ class ChannelFlow:
             self._opaque.add(value)
         if value in self.labels:
             self.variables.fix(self.labels[value], reason)
+
+    def _follow_parameter(self, value: int, exact: bool, found: Any, outputs: list[int]) -> None:
+        """Notes what is made of a parameter: (offset + parameter) again, or a use of it."""
+        if not self.is_derived(value):
+            return
+        if exact and isinstance(found, torch.Tensor) and found.numel():
+            at = int(found.flatten()[0])
+            self._derived |= {out: s for out in outputs for s in self.sources if s.first <= at < s.first + s.size}
+        else:
+            source = self._derived.get(value)
+            name = self._parameters[value] if source is None else source.name
+            self._uses.setdefault(name, set()).add(0.0 if source is None else source.offset)
 
     def is_derived(self, value: int) -> bool:
         """Whether a value is a parameter, rearranged or with a number added at most."""
@@ -175,6 +189,9 @@ class ChannelFlow:
                 self.variables.fix(self._sources[name, True, 0.0].variables, reason)
             if name in self.inputs:
                 self.variables.fix(self.inputs[name], reason)
+        for (name, rows, _), source in self._sources.items():
+            if not rows and len(self._uses.get(name, ())) > 1:
+                self.variables.fix(source.variables, f"{name} is used in more than one way")
         for name in self.layers.keys() - self.inputs.keys():
             above = name
             while above and above not in self._scopes:

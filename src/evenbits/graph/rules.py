@@ -129,6 +129,8 @@ def _added(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     left, right = look.labels(a), look.labels(b)
     if not isinstance(b, torch.Tensor) or not isinstance(a, torch.Tensor) or 1 in (a.numel(), b.numel()):
         number, tensor = (a, b) if not isinstance(a, torch.Tensor) or a.numel() == 1 < b.numel() else (b, a)
+        if not isinstance(number, torch.Tensor):
+            number = number * kwargs.get("alpha", 1) * (-1 if base_name(func) == "sub" else 1)
         return _plus_number(look, tensor, number)
     left = left if left is not None else look.parameter(a) if right is not None else None
     right = right if right is not None else look.parameter(b) if left is not None else None
@@ -244,8 +246,7 @@ def _normed(gain_at: int, shift_at: int | None, channel_dim: int) -> Callable[..
 
 def is_exact(func: Any, tensors: int) -> bool:
     """Whether an operation on one tensor gives its elements, in another order or with a number added."""
-    rule = RULES.get(base_name(func))
-    return tensors == 1 and rule in (_copy, _rearranged, _added)
+    return tensors == 1 and RULES.get(base_name(func)) in (_copy, _rearranged, _added)
 
 
 def _named(words: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
