@@ -41,7 +41,7 @@ class Cast(Codec):
         Meta.of(x)
         if self.dtype is None:
             return bytes_of(x.detach())
-        limit = torch.finfo(self.dtype).max
+        limit = min(torch.finfo(self.dtype).max, torch.finfo(x.dtype).max)
         return bytes_of(finite(x, self.spec).clamp(-limit, limit).to(self.dtype))
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,7 +79,9 @@ class Float8(Codec):
         exponent = int(words_of(payload[:2], torch.int16))
         if not _EXPONENTS[0] - 1 <= exponent <= _EXPONENTS[1]:
             raise EvenbitsError(f"these {payload.numel()} bytes are no 'fp8' payload: exponent {exponent}.")
-        values = payload[2:].view(torch.float8_e4m3fn).float() * 2.0**-exponent
+        every = torch.arange(256, dtype=torch.uint8, device=payload.device).view(torch.float8_e4m3fn)
+        # A table is read ten times faster than float8 is converted.
+        values = (every.float() * 2.0**-exponent).index_select(0, payload[2:].int())
         return restored(values, meta, 448 * 2.0**-exponent)
 
 

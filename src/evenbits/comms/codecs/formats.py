@@ -6,10 +6,10 @@ What. `ovp4:g32`, `flint4:row`, `nf4:g64`, `fp8:g128`, `mxfp4`, `nvfp4`, `int4:g
 When it helps. Tables and pairs keep more of a heavy tail than integers at four bits. They are also far slower to write
 than grouped integers (a search over scales, docs/codecs.md), so they pay off on slow links only.
 
-Fixed size. Types that are a choice (`ant4`, `ovp4`) are resolved when a tensor is encoded; the first byte says to what,
-and the buffer has room for the largest of them. Groups and blocks run over the flattened tensor, as in grouped.py;
-`row` and `axisN` over its own dimensions. Scales are stored as the format stores them: float16 and E4M3 ones relative to
-a factor per tensor, so that small gradients do not underflow.
+Fixed size. Types that are a choice (`ant4`, `ovp4`) are resolved when a tensor is encoded; the first byte says to
+what, and the buffer has room for the largest of them. Groups and blocks run over the flattened tensor, as in
+grouped.py; `row` and `axisN` over its own dimensions. Scales are stored as the format stores them: float16 and E4M3
+ones relative to a factor per tensor, so that small gradients do not underflow.
 
 Layout: 1 byte (which type), 4 bytes (the factor, float32; 0 for none), then packed, scales, zero points, kinds.
 Source: numerics/encode.py and the files it names.

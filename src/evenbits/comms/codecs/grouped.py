@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -65,7 +64,7 @@ class Groups:
         return Groups(-(-size // width), width)
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """[n] → [G, g]; the last group is filled up with its last element, which changes neither minimum nor maximum."""
+        """[n] → [G, g]; the last group is filled up with its last element, so that its range stays."""
         missing = self.count * self.width - flat.numel()
         return (torch.cat([flat, flat[-1:].expand(missing)]) if missing else flat).view(self.count, self.width)
 

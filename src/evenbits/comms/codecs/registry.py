@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 
 from evenbits.comms.codecs.base import Codec
@@ -24,7 +24,7 @@ _FORMATS = "evenbits.comms.codecs.formats:formatted"
 BLOCKS = ("mxfp4", "nvfp4")
 
 
-@lru_cache(maxsize=None)
+@cache
 def get(spec: str) -> Codec:
     """The codec of a spelling, such as "int8:g128". Raises EvenbitsError for a spelling that no codec reads."""
     if not isinstance(spec, str):
