@@ -124,9 +124,8 @@ def restored(values: torch.Tensor, meta: Meta, largest: float = float("inf")) ->
     largest: what no magnitude exceeds, to spare the pass where nothing can saturate.
     """
     limit = min(torch.finfo(meta.dtype).max, torch.finfo(values.dtype).max)
-    if largest > limit:
-        values = values.clamp(-limit, limit)
-    return values.to(meta.dtype).view(meta.shape)
+    made = values.to(meta.dtype)
+    return (made.clamp_(-limit, limit) if largest > limit else made).view(meta.shape)
 
 
 def finite(x: torch.Tensor, spec: str) -> torch.Tensor:

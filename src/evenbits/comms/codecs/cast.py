@@ -41,8 +41,8 @@ class Cast(Codec):
         Meta.of(x)
         if self.dtype is None:
             return bytes_of(x.detach())
-        limit = min(torch.finfo(self.dtype).max, torch.finfo(x.dtype).max)
-        return bytes_of(finite(x, self.spec).clamp(-limit, limit).to(self.dtype))
+        limit = torch.finfo(self.dtype).max
+        return bytes_of(finite(x, self.spec).to(self.dtype).clamp(-limit, limit))
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
         values = words_of(self.checked(payload, meta), self.dtype or meta.dtype)

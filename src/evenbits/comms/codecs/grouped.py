@@ -76,9 +76,10 @@ def round_up(values: torch.Tensor) -> torch.Tensor:
 
 
 def round_down(values: torch.Tensor) -> torch.Tensor:
-    """float32 of either sign → the nearest bfloat16 that is not larger."""
-    near = values.clamp(-3.3895e38, 3.3895e38).to(torch.bfloat16)
-    below = torch.nextafter(near, torch.full_like(near, -torch.inf))
+    """float32 of either sign → the nearest bfloat16 that is not larger (at least its lowest)."""
+    limit = torch.finfo(torch.bfloat16).max
+    near = values.clamp(-limit, limit).to(torch.bfloat16)
+    below = torch.nextafter(near, torch.full_like(near, -limit))
     return torch.where(near.float() > values, below, near)
 
 
@@ -186,10 +187,11 @@ class Grouped(Codec):
             offset_G = words_of(zeros, self._scale_type).float()
         elif self.affine:
             offset_G = unpack(zeros, self.dtype.bits, groups.count).float()
-        values = codes.float()
+        largest = highest * (1 << self.dtype.bits)  # of a product on the way, and for `free` plus the minimum
+        least = float(offset_G.abs().max()) if offset_G is not None and self.free else 0.0
+        values = codes.double() if largest > _HUGE else codes.float()
         self._spread(values, scale_G, offset_G, groups)
-        base = float(offset_G.abs().max()) if offset_G is not None and self.free else 0.0
-        return restored(values, meta, highest * (1 << self.dtype.bits) + base)
+        return restored(values, meta, largest + least)
 
     def _spread(
         self, values: torch.Tensor, scale_G: torch.Tensor, offset_G: torch.Tensor | None, groups: Groups

@@ -17,6 +17,7 @@ CODECS: dict[str, str] = {
     "fp8": "evenbits.comms.codecs.cast:cast",
     "int": "evenbits.comms.codecs.grouped:grouped",
     "uint": "evenbits.comms.codecs.grouped:grouped",
+    "multi": "evenbits.comms.codecs.multi:multi",
     "sign": "evenbits.comms.codecs.sign:sign",
 }
 # What is no codec's word is a number format: TYPE:GRANULARITY, or one of the blocks.
