@@ -15,10 +15,14 @@ CODECS: dict[str, str] = {
     "fp16": "evenbits.comms.codecs.cast:cast",
     "bf16": "evenbits.comms.codecs.cast:cast",
     "fp8": "evenbits.comms.codecs.cast:cast",
+    "hadamard": "evenbits.comms.codecs.hadamard:hadamard",
     "int": "evenbits.comms.codecs.grouped:grouped",
     "uint": "evenbits.comms.codecs.grouped:grouped",
+    "lloyd": "evenbits.comms.codecs.lloyd:lloyd",
+    "lowrank": "evenbits.comms.codecs.lowrank:lowrank",
     "multi": "evenbits.comms.codecs.multi:multi",
     "sign": "evenbits.comms.codecs.sign:sign",
+    "top": "evenbits.comms.codecs.topk:top",
 }
 # What is no codec's word is a number format: TYPE:GRANULARITY, or one of the blocks.
 _FORMATS = "evenbits.comms.codecs.formats:formatted"
