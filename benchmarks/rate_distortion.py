@@ -1,6 +1,6 @@
 """The tables of docs/codecs.md: what codecs keep of boundary tensors at equal true bits, and what they cost.
 
-    python benchmarks/rate_distortion.py --data DIR [--json] [--pictures 8] [--sentences 48] [--threads 1]
+    python benchmarks/rate_distortion.py --data DIR [--json] [--only quality,sets,claims,cost] [--threads 1]
     python benchmarks/rate_distortion.py --smoke
 
 DIR holds the real models and data that the tests use (EVENBITS_TEST_DATA by default); --synthetic leaves them out. The
@@ -58,6 +58,8 @@ def methods(rate: int) -> dict[str, str]:
         "multi-partition, least error": f"multi{rate - 2}x4:dp",
         "groups of 128": f"int{rate}:g128",
         "groups of 128, affine": f"uint{rate}:g128:affine",
+        "groups of 128, offset": f"uint{rate}:g128:offset",
+        "groups of 128, zero off the grid": f"uint{rate}:g128:affine:free",
         "groups of 64, affine": f"uint{rate}:g64:affine",
         "Hadamard, groups of 128": f"hadamard+int{rate}:g128",
         "Lloyd-Max per tensor": f"lloyd{rate}:free",
@@ -188,35 +190,48 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def report(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """All tables."""
-    every = {
-        name: [line for line in lines if line.get("table") == name] for name in ("quality", "sets", "claims", "cost")
-    }
-    names = list(dict.fromkeys(line["tensor"] for line in every["quality"]))
+    """All tables that there are lines for."""
+    every = {name: [line for line in lines if line.get("table") == name] for name in TABLES}
+    for name, made in TABLES.items():
+        if every[name]:
+            yield from made(every[name])
+
+
+def _quality_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    names = list(dict.fromkeys(line["tensor"] for line in lines))
+    head = ["method", "bits", *names]
     for rate in RATES:
-        yield markdown(
-            f"SNR in dB at {rate} bits", ["method", "bits", *names], _quality(every["quality"], rate, names, "snr_db")
-        )
-    yield markdown("DC ratio at 8 bits", ["method", "bits", *names], _quality(every["quality"], 8, names, "dc_ratio"))
+        yield markdown(f"SNR in dB at {rate} bits", head, _quality(lines, rate, names, "snr_db"))
+    yield markdown("DC ratio at 8 bits", head, _quality(lines, 8, names, "dc_ratio"))
+
+
+def _set_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    names = list(lines[0]["snr_db"])
     for total, title in ((False, "8 bits in each part"), (True, "8 bits altogether")):
         rows = [
             [f"`{line['codec']}`", str(line["parts"]), shown(line["bits"], 2)]
             + [shown(line["snr_db"][name]) for name in names]
             + [shown(line["encode_ms"])]
-            for line in every["sets"]
+            for line in lines
             if line["total"] == total
         ]
         yield markdown(f"How many sets: {title}", ["codec", "sets", "bits", *names, "encode ms"], rows)
+
+
+def _claim_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     keys = ("kept", "bits_claimed", "bits_true", "bits_with_int64_indices")
-    rows = [[f"{line['bits']} b × {line['parts']}", *(shown(line[key], 2) for key in keys)] for line in every["claims"]]
-    yield markdown(
-        "Claimed and true bits per element", ["setting", "kept", "claimed", "true", "with int64 indices"], rows
-    )
-    rows = [
-        [f"`{line['codec']}`", *(shown(line[key], 2) for key in ("bits", "encode_ms", "decode_ms"))]
-        for line in every["cost"]
-    ]
+    rows = [[f"{line['bits']} b × {line['parts']}", *(shown(line[key], 2) for key in keys)] for line in lines]
+    head = ["setting", "kept", "claimed", "true", "with int64 indices"]
+    yield markdown("Claimed and true bits per element", head, rows)
+
+
+def _cost_tables(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    keys = ("bits", "encode_ms", "decode_ms")
+    rows = [[f"`{line['codec']}`", *(shown(line[key], 2) for key in keys)] for line in lines]
     yield markdown("Milliseconds for 1 Mi elements", ["codec", "bits", "encode", "decode"], rows)
+
+
+TABLES = {"quality": _quality_tables, "sets": _set_tables, "claims": _claim_tables, "cost": _cost_tables}
 
 
 def _quality(lines: Sequence[dict[str, Any]], rate: int, names: Sequence[str], figure: str) -> list[list[str]]:
@@ -236,6 +251,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=SIZE, help="elements of a synthetic tensor, a multiple of 1024")
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--sentences", type=int, default=48)
+    parser.add_argument("--only", default="quality,sets,claims,cost", help="tables, with commas between")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="JSON lines, a fingerprint first")
     parser.add_argument("--smoke", action="store_true", help="small synthetic tensors, few codecs")
@@ -254,7 +270,13 @@ def main() -> None:
     timed = samples[0].x
     samples += [] if given.synthetic else traffic.captured(Path(given.data), given.pictures, given.sentences)
     specs = COSTS[:10] if given.smoke else COSTS
-    lines = [*quality(samples), *sets(samples, timed), *claims(given.size), *costs(timed, specs)]
+    made = {
+        "quality": lambda: quality(samples),
+        "sets": lambda: sets(samples, timed),
+        "claims": lambda: claims(given.size),
+        "cost": lambda: costs(timed, specs),
+    }
+    lines = [line for name in given.only.split(",") for line in made[name]()]
     about = {**fingerprint(), "size": given.size, "pictures": given.pictures, "sentences": given.sentences}
     about["seconds"] = round(time.perf_counter() - start, 1)
     if given.json:
