@@ -132,6 +132,17 @@ def test_codecs_without_an_index_set_say_so() -> None:
         codec.payload_bytes_on(meta, 3)
 
 
+@pytest.mark.parametrize(
+    "spec", ["raw", "fp8", "int8:g128", "sign", "mxfp4", "multi4x4", "lloyd4", "lowrank1", "hadamard+top0.5+raw"]
+)
+def test_a_mask_is_never_ignored(spec: str) -> None:
+    codec, x = get(spec), torch.randn(5, 5)
+    with pytest.raises(EvenbitsError, match="does not code on a mask"):
+        codec.encode(x, mask=x > 0)
+    with pytest.raises(EvenbitsError, match="does not code on a mask"):
+        codec.decode(codec.encode(x), Meta.of(x), mask=x > 0)
+
+
 def test_true_bits_count_the_used_part_of_the_index_set() -> None:
     codec, x = get("top0.05+int8:g128"), torch.zeros(20000)
     x[:1000] = torch.randn(1000)

@@ -118,6 +118,7 @@ class Grouped(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         groups, _ = self._parts(meta)
         if meta.numel == 0:
@@ -183,6 +184,7 @@ class Grouped(Codec):
         return codes.clamp_(-self._levels if self._signed else 0, self._levels)
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         groups, sizes = self._parts(meta)
         if meta.numel == 0:

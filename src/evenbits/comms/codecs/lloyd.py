@@ -50,6 +50,7 @@ class Lloyd(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         if meta.numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -61,6 +62,7 @@ class Lloyd(Codec):
         return torch.cat([bytes_of(table.clamp(-_HUGE, _HUGE).float()), pack(codes, self.bits)])
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         if meta.numel == 0:
             return torch.empty(meta.shape, dtype=meta.dtype, device=payload.device)
