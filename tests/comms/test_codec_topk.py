@@ -35,7 +35,7 @@ def test_a_set_comes_back_in_the_stated_room(size: int, data: st.DataObject) -> 
     mask = torch.zeros(size, dtype=torch.bool)
     mask[indices] = True
     for rice in (-1, 0, 1, 3, 7):
-        written, used = IndexSet(size, kept, rice).write(mask)
+        written, used = IndexSet(size, kept, rice).write(mask, mask.nonzero().squeeze(1))
         assert written.numel() == IndexSet(size, kept, rice).nbytes
         assert used <= 8 * written.numel()
         assert IndexSet(size, kept, rice).read(written).equal(mask)
@@ -64,7 +64,7 @@ def test_room_and_use_per_element(share: float, room: float) -> None:
     mask = largest(torch.rand(size), round(share * size))
     way = IndexSet.of(size, round(share * size))
     entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
-    _, used = way.write(mask)
+    _, used = way.write(mask, mask.nonzero().squeeze(1))
     assert 8 * way.nbytes / size <= room + 1e-3
     assert entropy - 0.01 <= used / size <= min(1.0, entropy * 1.08)
 
