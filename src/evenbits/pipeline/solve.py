@@ -58,9 +58,9 @@ def solve(
     activations = activation_quantizers(model, plans, scheme, balanced, watched)
     for plan in tqdm(plans, desc="quantizing", unit="layer", disable=not progress or None):
         try:
-            stats = _stats(plan, balanced, watched)
+            stats = layer_stats(plan, balanced, watched)
             module, activation = model.get_submodule(plan.name), activations[plan.name]
-            built[plan.name] = _layer(module, plan, scheme, methods, balanced, stats, activation)
+            built[plan.name] = quantized_layer(module, plan, scheme, methods, balanced, stats, activation)
         except EvenbitsError as error:
             raise EvenbitsError(f"layer {plan.name}: {error}") from error
     outputs = {} if watched is None else _output_errors(model, built, balanced, watched)
@@ -72,7 +72,7 @@ def solve(
     }
 
 
-def _layer(
+def quantized_layer(
     module: nn.Module,
     plan: LayerPlan,
     scheme: Scheme,
@@ -81,6 +81,7 @@ def _layer(
     stats: LayerStats,
     activation: ActivationQuantizer | None,
 ) -> _Built:
+    """The layer that replaces `module`, its weight's error, and what became of pairs if it has them."""
     scale_I, perm_I = balanced.scales.get(plan.name), balanced.perms.get(plan.name)
     rows_O = balanced.outputs.get(plan.name, slice(None))
     weight = weight_OI(module)[rows_O].float()
@@ -98,7 +99,7 @@ def _layer(
     return layer, compare(weight, quantized.dequantize()), pair_statistics(weight, quantized)
 
 
-def _stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
+def layer_stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
     """Statistics of a layer's input as its weight's columns meet it: balanced, and repeated over a kernel's window."""
     moment = None if watched is None else watched.moments.get(plan.name)
     if moment is None or not moment.seen:
