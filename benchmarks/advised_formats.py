@@ -3,8 +3,8 @@
     python benchmarks/advised_formats.py --data DIR [--case NAME …] [--json]
 
 For each case the model is advised, then quantized with every candidate everywhere and with the advised mix, and scored.
-DIR holds the models and data sets that the tests use (EVENBITS_TEST_DATA by default). Accuracy is paired with float on
-the same sentences; for perplexity the difference is in nats per token, its error over documents.
+DIR holds the models and data sets that the tests use (EVENBITS_TEST_DATA by default). Differences, to float and to the
+mix, are paired: accuracy on the same sentences; loss in nats per token, its error over documents.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from evenbits.pipeline.advise import advise
 from evenbits.pipeline.calibration import calibration
 from evenbits.pipeline.quantize import quantize
 
+INTEGER_PRODUCTS = ("int4:row:7.5:mse", "ovp4-i8:row")  # with int8 inputs
 INTEGERS = ("int4:g*:7.5:mse", "ovp4:g*")
 
 
@@ -58,6 +59,7 @@ def _stories(**given: Any) -> Case:
 CASES = {
     "sst2-w4a16": _sst2(),
     "sst2-w4a8": _sst2(activations="int8:row"),
+    "sst2-w4a8-integer-products": _sst2(activations="int8:row", candidates=INTEGER_PRODUCTS),
     "sst2-w4a16-integers-4.125": _sst2(bits=4.125, candidates=INTEGERS),
     "stories-w4a16": _stories(),
     "stories-w4a16-integers": _stories(candidates=INTEGERS),
@@ -69,7 +71,8 @@ def run(case: Case, data: Path) -> dict[str, Any]:
     advice = _advise(case, data)
     source = open_model(str(data / case.model))
     baseline = _score(case, source, data)
-    rows = [{"name": "float", "bits": 32.0, **_figures(case, baseline, None)}]
+    rows: list[dict[str, Any]] = [{"name": "float", "bits": 32.0, **_metric(baseline)}]
+    mix: Evaluation | None = None
     for total in advice.totals:
         row: dict[str, Any] = {"name": total.name, "bits": total.bits, "mean_error": total.mean_error}
         if total.bits is None:
@@ -80,7 +83,10 @@ def run(case: Case, data: Path) -> dict[str, Any]:
             batches = _batches(case, source, data)
             result = quantize(source.model, scheme=scheme, method=advice.method, data=batches)
             row |= {"bits": 32 * result.weight_bytes / result.float_weight_bytes}
-            row |= _figures(case, _score(case, source, data), baseline)
+            scored = _score(case, source, data)
+            row |= _metric(scored) | {"float": _difference(baseline, scored)}
+            row |= {} if mix is None else {"mix": _difference(mix, scored)}
+            mix = mix or scored
         rows.append(row)
     chosen = Counter(layer.chosen.candidate for layer in advice.advised if layer.chosen)
     return {"chosen": dict(chosen.most_common()), "seconds": round(advice.seconds, 1), "rows": rows}
@@ -109,21 +115,20 @@ def _score(case: Case, source: Any, data: Path) -> Evaluation:
     )
 
 
-def _figures(case: Case, scored: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
+def _metric(scored: Evaluation) -> dict[str, Any]:
     metric, value = next(iter(scored.metrics.items()))
-    found: dict[str, Any] = {"metric": metric, "value": value, "n": scored.n}
-    if metric == "accuracy":
-        found["error"] = sqrt(value * (1 - value) / scored.n)
-    if baseline is None:
-        return found
-    if metric == "accuracy":
-        compared = paired(baseline.items, scored.items)
-        return {**found, "difference": compared.difference, "paired_error": compared.standard_error, "p": compared.p}
-    pairs = [(ours[0] - theirs[0], ours[1]) for ours, theirs in zip(scored.items, baseline.items, strict=True)]
+    return {"metric": metric, "value": value, "n": scored.n}
+
+
+def _difference(first: Evaluation, second: Evaluation) -> dict[str, float]:
+    """The second's figure minus the first's, and the standard error of that."""
+    if "accuracy" in first.metrics:
+        found = paired(first.items, second.items)
+        return {"mean": found.difference, "error": found.standard_error, "p": found.p}
+    pairs = [(theirs[0] - ours[0], ours[1]) for ours, theirs in zip(first.items, second.items, strict=True)]
     tokens = sum(count for _, count in pairs)
     mean = sum(loss for loss, _ in pairs) / tokens
-    error = sqrt(sum((loss - mean * count) ** 2 for loss, count in pairs)) / tokens
-    return {**found, "difference": mean, "paired_error": error}
+    return {"mean": mean, "error": sqrt(sum((loss - mean * count) ** 2 for loss, count in pairs)) / tokens}
 
 
 def show(name: str, found: dict[str, Any]) -> None:
@@ -131,13 +136,19 @@ def show(name: str, found: dict[str, Any]) -> None:
     first = found["rows"][0]
     chosen = ", ".join(f"{count} × `{candidate}`" for candidate, count in found["chosen"].items())
     print(f"\n### {name}, n = {first['n']:,}\n\nAdvised in {found['seconds']} s: {chosen}.\n")
-    print(f"| weights | true bits | mean output error | {first['metric']} | ± | against float | ± | p |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| weights | true bits | mean output error | {first['metric']} | against float | against the mix |")
+    print("|---|---|---|---|---|---|")
     for row in found["rows"]:
-        keys = (("bits", ".3f"), ("mean_error", ".5f"), ("value", ".4f"), ("error", ".4f"), ("difference", "+.4f"),
-                ("paired_error", ".4f"), ("p", ".2f"))  # fmt: skip
+        keys = (("bits", ".3f"), ("mean_error", ".5f"), ("value", ".4f"))
         cells = [format(row[key], spec) if row.get(key) is not None else "" for key, spec in keys]
-        print(f"| {row['name']} | {' | '.join(cells)} |")
+        print(f"| {row['name']} | {' | '.join(cells)} | {_cell(row.get('float'))} | {_cell(row.get('mix'))} |")
+
+
+def _cell(difference: dict[str, float] | None) -> str:
+    if difference is None:
+        return ""
+    p = f", p = {difference['p']:.2f}" if "p" in difference else ""
+    return f"{difference['mean']:+.4f} ± {difference['error']:.4f}{p}"
 
 
 def main() -> None:

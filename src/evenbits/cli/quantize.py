@@ -22,7 +22,8 @@ def quantize(
         str, typer.Option(help="A preset (W8A8, W8A8_STATIC, W4A16_OVP, W4A8_OVP, W4A4_OVP, …) or a YAML file.")
     ] = "W8A8",
     method: Annotated[
-        str | None, typer.Option(help="smoothquant, olive, ant, rtn, or smoothquant+olive. Default: by the scheme.")
+        str | None,
+        typer.Option(help="smoothquant, olive, ant, rtn, by_format, or smoothquant+olive. Default: by the scheme."),
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength, 0..1. Default: 0.5.")] = None,
     policy: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from evenbits.errors import EvenbitsError, unknown_name
@@ -79,10 +80,7 @@ class LayerAdvice:
     @property
     def weights(self) -> int:
         """How many weights it has."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,8 @@ class Total:
 
 @dataclass(frozen=True)
 class Advice:
-    """The advice for a model. margin_db: what counted as equal. `quantize` with `scheme()` and method `method` makes the
-    layers as they were measured."""
+    """The advice for a model. margin_db: what counted as equal. `quantize` with `scheme()` and method `method` makes
+    the layers as they were measured."""
 
     bits: float
     activations: str | None

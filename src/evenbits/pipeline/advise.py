@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 from torch import nn
@@ -52,7 +52,7 @@ def advise(
     bits: float = 4.25,
     activations: str | Format | None = None,
     dynamic: bool = True,
-    data: Iterable[Any] | None,
+    data: Iterable[Any] | None = None,
     candidates: Iterable[str] | None = None,
     ignore: Iterable[str] = ("lm_head",),
     margin_db: float = 0.1,
@@ -72,8 +72,8 @@ def advise(
     """
     start = time.perf_counter()
     refuse_quantized(model, "advise")
-    _check_figure("bits", bits, above=0)
-    _check_figure("margin_db", margin_db, above=-1e-9)
+    _check_figure("bits", bits, positive=True)
+    _check_figure("margin_db", margin_db, positive=False)
     if data is None:
         raise EvenbitsError("advise measures what layers make of real inputs; pass calibration data: data=[batch, …].")
     activation = None if activations is None else Format.parse(activations)
@@ -117,10 +117,7 @@ def _probes(
     activations = activation_quantizers(model, chosen, scheme, Balanced(), watched)
     probes = {}
     for plan in tqdm(chosen, desc="encoding", unit="layer", disable=not progress or None):
-        columns = 1
-        for size in plan.shape[1:]:
-            columns *= size
-        fits = [fit(name, (plan.shape[0], columns), bits) for name in names]
+        fits = [fit(name, (plan.shape[0], prod(plan.shape[1:])), bits) for name in names]
         stats = layer_stats(plan, Balanced(), watched)
         probes[plan.name] = encode_layer(model.get_submodule(plan.name), plan, fits, stats, activations[plan.name])
     return probes
@@ -170,9 +167,10 @@ def _total(name: str, layers: list[LayerAdvice], way: list[Measured | None]) -> 
     )
 
 
-def _check_figure(name: str, value: Any, *, above: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value <= above:
-        raise EvenbitsError(f"{name} must be a number {'above' if above == 0 else 'of at least'} 0; given {value!r}.")
+def _check_figure(name: str, value: Any, *, positive: bool) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    if not number or value < 0 or (positive and value == 0):
+        raise EvenbitsError(f"{name} must be a number {'above 0' if positive else 'of 0 or more'}; given {value!r}.")
 
 
 def _check_any(layers: tuple[LayerAdvice, ...], bits: float) -> None:

@@ -44,8 +44,8 @@ class Fit:
 
 
 def candidates_for(given: Iterable[str] | None, activation: Format | None) -> tuple[str, ...]:
-    """The candidates to compare, checked. By default int4 (both conventions), flint4, NF4 and pairs in groups, and pairs
-    per row; with int8 inputs, int4 and pairs per row whose products run in integers.
+    """The candidates to compare, checked. By default int4 (both conventions), flint4, NF4 and pairs in groups, and
+    pairs per row; with int8 inputs, int4 and pairs per row whose products run in integers.
 
     Raises EvenbitsError for one that is no format, is named twice, or that no layer can have.
     """

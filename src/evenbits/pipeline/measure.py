@@ -41,9 +41,11 @@ _INPUTS = ""  # the key of the float weight on rounded inputs
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A layer in one format: the layer, taking inputs that are rounded already, and how its weight was kept."""
+    """A layer in one format, as deployed and as a float product of inputs that are rounded already (sharing its codes),
+    and how its weight was kept."""
 
-    layer: QuantizedLayer
+    deployed: QuantizedLayer
+    product: QuantizedLayer
     error: RunningError
     pairs: PairStatistics | None
     zones: tuple[float, float, float]
@@ -71,7 +73,7 @@ class Probe:
         if self.activation is not None:
             self._add(_INPUTS, module.forward(rounded), y)
         for name, encoded in self.encoded.items():
-            self._add(name, encoded.layer(rounded), y)
+            self._add(name, encoded.product(rounded), y)
 
     def _rounded(self, x: torch.Tensor, by: ActivationQuantizer) -> torch.Tensor:
         rows = x.flatten(-3) if self.plan.kind == "Conv2d" else x  # each image one row, as the layer has it
@@ -103,9 +105,9 @@ class Probe:
         return Measured(
             candidate=fitted.candidate,
             format=name,
-            encoded=str(found.layer.weight_format),
-            bits=found.layer.qweight().bits_per_element,
-            integer=_integer(found.layer, self.activation),
+            encoded=str(found.deployed.weight_format),
+            bits=found.deployed.qweight().bits_per_element,
+            integer=_integer(found.deployed),
             output_sqnr_db=self._sqnr_db(name),
             weight_sqnr_db=found.error.sqnr_db,
             zones=found.zones,
@@ -133,11 +135,13 @@ def encode_layer(
     for fmt in dict.fromkeys(fitted.format for fitted in fits if fitted.format is not None):
         try:
             layer, error, pairs = quantized_layer(
-                module, plan, Scheme(fmt), Methods.parse("by_format", {}), Balanced(), stats, None
+                module, plan, Scheme(fmt), Methods.parse("by_format", {}), Balanced(), stats, activation
             )
         except EvenbitsError as failure:
             raise EvenbitsError(f"layer {plan.name}: {failure}") from failure
-        encoded[str(fmt)] = _Encoded(layer, error, pairs, _zones(weight, layer, away, stats.second_moment_I))
+        product = copy.copy(layer)  # shares the buffers
+        product.input_format = None
+        encoded[str(fmt)] = _Encoded(layer, product, error, pairs, _zones(weight, layer, away, stats.second_moment_I))
     beyond = 100 * float((away > _FAR).double().mean())
     return Probe(plan, fits, activation, encoded, float(away.max()), beyond)
 
@@ -167,10 +171,8 @@ def _zones(
     return near / total, middle / total, far / total
 
 
-def _integer(layer: QuantizedLayer, activation: ActivationQuantizer | None) -> str:
-    deployed = copy.copy(layer)  # shares its buffers
-    deployed.input_format = None if activation is None else activation.format
-    if deployed.is_integer:
+def _integer(layer: QuantizedLayer) -> str:
+    if layer.is_integer:
         return "product"
     return "values" if fits_int8(layer.weight_format.dtype) and layer.weight_format.rule.symmetric else ""
 
