@@ -40,7 +40,7 @@ from evenbits.pipeline.measure import Probe, encode_layer, measure
 from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan, plan_layers
 from evenbits.pipeline.quantize import refuse_quantized
-from evenbits.pipeline.solve import layer_stats
+from evenbits.pipeline.solve import single_stats
 from evenbits.pipeline.verdict import choose, gap_db, why
 from evenbits.pipeline.watch import Watched, watch
 from evenbits.schemes.scheme import Scheme
@@ -118,7 +118,7 @@ def _probes(
     probes = {}
     for plan in tqdm(chosen, desc="encoding", unit="layer", disable=not progress or None):
         fits = [fit(name, (plan.shape[0], prod(plan.shape[1:])), bits) for name in names]
-        stats = layer_stats(plan, Balanced(), watched)
+        stats = single_stats(plan, watched)
         probes[plan.name] = encode_layer(model.get_submodule(plan.name), plan, fits, stats, activations[plan.name])
     return probes
 

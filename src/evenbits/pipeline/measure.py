@@ -27,13 +27,10 @@ from evenbits.numerics.metrics import RunningError
 from evenbits.numerics.pair_statistics import PairStatistics
 from evenbits.observers.calibrate import watching
 from evenbits.pipeline.advice import Facts, Measured
-from evenbits.pipeline.balance import Balanced
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.candidates import Fit
-from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan, weight_OI
-from evenbits.pipeline.solve import quantized_layer
-from evenbits.schemes.scheme import Scheme
+from evenbits.pipeline.solve import single_layer
 
 _FAR = 4.0  # σ beyond which a weight counts as far out
 _INPUTS = ""  # the key of the float weight on rounded inputs
@@ -134,9 +131,7 @@ def encode_layer(
     encoded: dict[str, _Encoded] = {}
     for fmt in dict.fromkeys(fitted.format for fitted in fits if fitted.format is not None):
         try:
-            layer, error, pairs = quantized_layer(
-                module, plan, Scheme(fmt), Methods.parse("by_format", {}), Balanced(), stats, activation
-            )
+            layer, error, pairs = single_layer(module, plan, fmt, stats, activation)
         except EvenbitsError as failure:
             raise EvenbitsError(f"layer {plan.name}: {failure}") from failure
         product = copy.copy(layer)  # shares the buffers

@@ -19,6 +19,7 @@ from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import QConv2d
 from evenbits.nn.linear import QLinear
+from evenbits.numerics.format import Format
 from evenbits.numerics.metrics import RunningError, compare
 from evenbits.numerics.pair_statistics import PairStatistics, pair_statistics
 from evenbits.observers.calibrate import watching
@@ -58,9 +59,9 @@ def solve(
     activations = activation_quantizers(model, plans, scheme, balanced, watched)
     for plan in tqdm(plans, desc="quantizing", unit="layer", disable=not progress or None):
         try:
-            stats = layer_stats(plan, balanced, watched)
+            stats = _stats(plan, balanced, watched)
             module, activation = model.get_submodule(plan.name), activations[plan.name]
-            built[plan.name] = quantized_layer(module, plan, scheme, methods, balanced, stats, activation)
+            built[plan.name] = _layer(module, plan, scheme, methods, balanced, stats, activation)
         except EvenbitsError as error:
             raise EvenbitsError(f"layer {plan.name}: {error}") from error
     outputs = {} if watched is None else _output_errors(model, built, balanced, watched)
@@ -72,7 +73,7 @@ def solve(
     }
 
 
-def quantized_layer(
+def _layer(
     module: nn.Module,
     plan: LayerPlan,
     scheme: Scheme,
@@ -81,7 +82,6 @@ def quantized_layer(
     stats: LayerStats,
     activation: ActivationQuantizer | None,
 ) -> _Built:
-    """The layer that replaces `module`, its weight's error, and what became of pairs if it has them."""
     scale_I, perm_I = balanced.scales.get(plan.name), balanced.perms.get(plan.name)
     rows_O = balanced.outputs.get(plan.name, slice(None))
     weight = weight_OI(module)[rows_O].float()
@@ -99,7 +99,7 @@ def quantized_layer(
     return layer, compare(weight, quantized.dequantize()), pair_statistics(weight, quantized)
 
 
-def layer_stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
+def _stats(plan: LayerPlan, balanced: Balanced, watched: Watched | None) -> LayerStats:
     """Statistics of a layer's input as its weight's columns meet it: balanced, and repeated over a kernel's window."""
     moment = None if watched is None else watched.moments.get(plan.name)
     if moment is None or not moment.seen:
@@ -129,3 +129,16 @@ def _output_errors(
         for run in watched.source.runs():
             run()
     return errors
+
+
+def single_layer(
+    module: nn.Module, plan: LayerPlan, fmt: Format, stats: LayerStats, activation: ActivationQuantizer | None
+) -> _Built:
+    """One layer by itself, by the method of its format, nothing balanced: the layer, its weight's error, and what
+    became of pairs if it has them."""
+    return _layer(module, plan, Scheme(fmt), Methods.parse("by_format", {}), Balanced(), stats, activation)
+
+
+def single_stats(plan: LayerPlan, watched: Watched) -> LayerStats:
+    """Statistics of a layer's input where nothing is balanced."""
+    return _stats(plan, Balanced(), watched)
