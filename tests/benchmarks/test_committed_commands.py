@@ -56,3 +56,14 @@ def test_pairs_keep_what_int4_loses(test_data: Path, tmp_path: Path) -> None:
 def test_encoding_stays_small_beside_the_layer() -> None:
     found = json.loads(run("benchmarks/encode_cost.py", "--layers", "0"))
     assert found["extra_memory_ratio"] < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_advised_mix_is_no_worse_than_any_format_everywhere(test_data: Path) -> None:
+    words = ("benchmarks/advised_formats.py", "--data", str(test_data), "--case", "stories-w4a16", "--json")
+    mix, *singles = json.loads(run(*words).splitlines()[1])["rows"][1:]
+    assert mix["name"] == "advised" and len(singles) == 6
+    for single in singles:
+        assert mix["mean_error"] <= 1.02 * single["mean_error"]  # ties within 0.1 dB may go to another format
+        assert mix["float"]["mean"] <= single["float"]["mean"] + 2 * single["mix"]["error"]

@@ -62,6 +62,12 @@ def test_order_is_what_is_written() -> None:
     assert there != back
 
 
+def test_the_text_of_a_scheme_file_reads_back(tmp_path: pathlib.Path) -> None:
+    for scheme in (resolve(MIXED), resolve("W8A8_STATIC"), resolve({"weights": "nf4:g64", "ignore": ["*.ü", "a: b"]})):
+        (tmp_path / "s.yaml").write_text(scheme.to_yaml(), encoding="utf-8")
+        assert resolve(tmp_path / "s.yaml") == scheme
+
+
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
 def test_round_trip_through_plain_data_and_files(tmp_path: pathlib.Path, suffix: str) -> None:
     scheme = resolve(MIXED)

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from evenbits import __version__
+from evenbits.cli.advise import advise
 from evenbits.cli.demo import demo
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(quantize)
+app.command()(advise)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(table)

@@ -68,7 +68,7 @@ def quantize(
         check_formats(formats.weights, formats.input_activations)
     method = default_method(scheme) if method is None else method
     methods = Methods.parse(method, options)
-    _refuse_quantized(model)
+    refuse_quantized(model, "quantize")
     plans = plan_layers(model, scheme)
     static = any(formats.static for formats in scheme.formats)
     if data is None and (static or methods.balance is not None):
@@ -92,9 +92,10 @@ def quantize(
             return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def refuse_quantized(model: nn.Module, caller: str) -> None:
+    """Raises EvenbitsError if what `caller` was given is no module or holds quantized layers."""
     if not isinstance(model, nn.Module):
-        raise EvenbitsError(f"quantize takes a torch.nn.Module; given {type(model).__name__}.")
+        raise EvenbitsError(f"{caller} takes a torch.nn.Module; given {type(model).__name__}.")
     already = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
     if already:
         raise EvenbitsError(

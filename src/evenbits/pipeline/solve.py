@@ -20,6 +20,7 @@ from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import QConv
 from evenbits.nn.replace import quantized_class
+from evenbits.numerics.format import Format
 from evenbits.numerics.metrics import RunningError, compare
 from evenbits.numerics.pair_statistics import PairStatistics, pair_statistics
 from evenbits.numerics.qtensor import QTensor
@@ -147,3 +148,18 @@ def _output_errors(
         for run in watched.source.runs():
             run()
     return errors
+
+
+def single_layer(
+    module: nn.Module, plan: LayerPlan, fmt: Format, stats: LayerStats, activation: ActivationQuantizer | None
+) -> _Built:
+    """One layer by itself, by the method of its format, nothing balanced: the layer, its weight's error, and what
+    became of pairs if it has them."""
+    by_format = Methods.parse("by_format", {})
+    layer, weight_OK, quantized = build_layer(module, plan, Scheme(fmt), by_format, Balanced(), stats, activation)
+    return layer, compare(weight_OK, quantized.dequantize()), pair_statistics(weight_OK, quantized)
+
+
+def single_stats(plan: LayerPlan, watched: Watched) -> LayerStats:
+    """Statistics of a layer's input as its weight's columns meet it, nothing balanced."""
+    return layer_stats(plan, Balanced(), watched)

@@ -118,6 +118,13 @@ class Scheme:
             "overrides": {pattern: formats.to_json() for pattern, formats in self.overrides},
         }
 
+    def to_yaml(self) -> str:
+        """The text of a scheme file; `resolve` reads it back."""
+        import yaml
+
+        text: str = yaml.safe_dump(self.to_json(), sort_keys=False, allow_unicode=True, width=120)
+        return text
+
 
 def _matches(pattern: str, name: str) -> bool:
     return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
