@@ -153,7 +153,7 @@ class ChannelFlow:
     def _follow_matrices(
         self, name: str, args: tuple[Any, ...], values: Sequence[int], outputs: Sequence[int], where: str
     ) -> None:
-        """What becomes of parameters that are matrices of their own: turned, converted, multiplied, or something else."""
+        """What becomes of matrices that are parameters of no layer: turned, converted, multiplied or anything else."""
         for value in set(values) & self._matrices.keys():
             parameter, turned = self._matrices[value]
             turns = turns_matrix(name, args)
@@ -205,7 +205,7 @@ class ChannelFlow:
             if name in self.inputs:
                 self.variables.fix(self.inputs[name], reason)
         for value in escaped & self._matrices.keys():
-            self._read_otherwise[self._matrices[value][0]] = "what is made of its reader's weight is kept"
+            self._read_otherwise[self._matrices[value][0]] = f"what is made of {self._matrices[value][0]} is kept"
         for name in self.readers.keys() & self._read_otherwise.keys():
             self.variables.fix(self.readers[name].channels_I, self._read_otherwise[name])
         for name in self.layers.keys() - self.inputs.keys():
@@ -252,7 +252,7 @@ class _Look:
         return found
 
     def reads(self, x: torch.Tensor, weight: Any, *, turned: bool = False) -> bool:
-        """Whether `weight` is a matrix parameter that belongs to no layer; if so, that it reads x's channels is noted."""
+        """Whether `weight` is a matrix that belongs to no layer; if so, that it reads x's channels is noted."""
         if not isinstance(weight, torch.Tensor):
             return False
         value, size = self._read[id(weight)], x.shape[-1]

@@ -3,7 +3,7 @@
 Layers that read the same tensor, and a layer's own several inputs, must be smoothed with one s: they are a region. It
 can be folded if every channel of it is the free variable of sources that can be changed (channels.py): gains and biases
 of norms, rows of matrix layers. Then all layers that share a variable belong together, through residual additions and
-concatenations, and every layer that reads such a channel is scaled back, quantized or not, and so are matrices that belong to no layer.
+concatenations, and everything that reads such a channel is scaled back: layers, quantized or not, and matrices of none.
 
 Anything else is a reason, kept as text: the region is then served by an explicit multiply.
 """
