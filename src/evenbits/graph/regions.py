@@ -10,7 +10,6 @@ Anything else is a reason, kept as text: the region is then served by an explici
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -204,11 +203,12 @@ def _short(op: Op) -> str:
 
 
 def joined(names: Iterable[str]) -> str:
-    """`a.b.{q,k,v}` for names with one parent, else separated by commas; long lists are cut."""
+    """`a.b.{q,k,v}` for names with one parent, `a.{0,1}.b` if one word differs, else separated by commas."""
     names = list(names)
-    parents = Counter(name.rpartition(".")[0] for name in names)
-    if len(names) > 1 and len(parents) == 1:
-        parent = next(iter(parents))
-        inner = ",".join(name.rpartition(".")[2] for name in names)
-        return f"{parent}.{{{inner}}}" if parent else f"{{{inner}}}"
+    parts = [name.split(".") for name in names]
+    if len(names) > 1 and len({len(part) for part in parts}) == 1:
+        varying = [at for at, words in enumerate(zip(*parts, strict=True)) if len(set(words)) > 1]
+        if len(varying) == 1:
+            words = [part[varying[0]] for part in parts]
+            return ".".join([*parts[0][: varying[0]], f"{{{','.join(words)}}}", *parts[0][varying[0] + 1 :]])
     return ",".join(names)

@@ -137,7 +137,8 @@ def _added(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     a, b = args[0], args[1]
     left, right = look.labels(a), look.labels(b)
     if not isinstance(b, torch.Tensor) or not isinstance(a, torch.Tensor) or 1 in (a.numel(), b.numel()):
-        number, tensor = (a, b) if not isinstance(a, torch.Tensor) or a.numel() == 1 < b.numel() else (b, a)
+        first = isinstance(b, torch.Tensor) and (not isinstance(a, torch.Tensor) or a.numel() == 1 < b.numel())
+        number, tensor = (a, b) if first else (b, a)
         return _plus_number(look, tensor, number)
     left = left if left is not None else look.parameter(a) if right is not None else None
     right = right if right is not None else look.parameter(b) if left is not None else None
@@ -269,9 +270,18 @@ def _named(words: str, rule: Any) -> dict[str, Any]:
     return dict.fromkeys(words.split(), rule)
 
 
+def _indexed(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Rows picked by one index, where nothing varies from row to row: as for the whole tensor."""
+    labels, index = look.labels(args[0]), args[1]
+    picks_rows = len(index) == 1 and isinstance(index[0], torch.Tensor) and index[0].ndim == 1
+    if picks_rows and labels is not None and labels.shape[0] == 1:
+        return labels
+    return _rearranged(look, func, args, kwargs, output)
+
+
 _VIEWS = """view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice select split
 split_with_sizes unsafe_split chunk unbind flatten unflatten movedim repeat repeat_interleave cat stack index_select
-index roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
+roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
 _POOLS = """max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d adaptive_avg_pool{n}d _adaptive_avg_pool{n}d
 adaptive_max_pool{n}d reflection_pad{n}d replication_pad{n}d upsample_nearest{n}d"""
 _UPSAMPLED = "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
@@ -300,6 +310,7 @@ RULES: dict[str, Callable[..., Any]] = {
     **_named("relu leaky_relu abs neg _prelu_kernel", _same),
     **_named("clone _to_copy contiguous alias detach lift_fresh positive", _copy),
     **_named(_VIEWS, _rearranged),
+    "index": _indexed,
     **{name: rule for n in (1, 2, 3) for name, rule in _named(_POOLS.format(n=n), _positions).items()},
     **_named(_UPSAMPLED, _positions),
     "constant_pad_nd": _padded,

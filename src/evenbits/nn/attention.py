@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evenbits.errors import EvenbitsError
+from evenbits.nn.views import linear_view
 
 _PARAMETERS = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
 
@@ -70,8 +71,8 @@ class UnfusedAttention(nn.Module):
             separate = (fused.q_proj_weight, fused.k_proj_weight, fused.v_proj_weight)
             weights = [(weight, slice(None)) for weight in separate]
         for name, (weight, rows), third in zip("qkv", weights, self._thirds(), strict=True):
-            self.add_module(f"{name}_proj", linear(weight, fused.in_proj_bias, rows, third))
-        self.out_proj = linear(fused.out_proj.weight, fused.out_proj.bias)
+            self.add_module(f"{name}_proj", linear_view(weight, fused.in_proj_bias, rows, third))
+        self.out_proj = linear_view(fused.out_proj.weight, fused.out_proj.bias)
         self.bias_k, self.bias_v = fused.bias_k, fused.bias_v
         self.training = fused.training
         for layer in self.children():
@@ -165,24 +166,6 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not mask.is_floating_point():
         raise EvenbitsError(f"an attention mask is of booleans or floats; given {mask.dtype}.")
     return mask.to(dtype)
-
-
-def linear(
-    weight_OI: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: slice | int = slice(None),
-    bias_rows: slice | int = slice(None),
-    *,
-    turned: bool = False,
-) -> nn.Linear:
-    """A linear layer whose weight and bias are views of (parts of) parameters; turned: they are stored as [I, O]."""
-    view = weight_OI.detach()[rows]
-    view = view.t() if turned else view
-    layer = nn.Linear(view.shape[1], view.shape[0], bias=bias is not None, device="meta", dtype=view.dtype)
-    layer.weight = nn.Parameter(view, requires_grad=weight_OI.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach()[bias_rows], requires_grad=bias.requires_grad)
-    return layer
 
 
 def why_fused(module: nn.MultiheadAttention) -> str:
