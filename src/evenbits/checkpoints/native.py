@@ -11,6 +11,7 @@ once instead of filling a model with random weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import CONVOLUTIONS, QConv, QConvTranspose
 from evenbits.nn.linear import QLinear
 from evenbits.nn.replace import replace_modules
+from evenbits.nn.unfuse import unfuse, unfused_kind
 from evenbits.numerics.format import Format
 
 VERSION = 1
@@ -88,6 +90,7 @@ def _config(model: nn.Module, layers: dict[str, QuantizedLayer], state: State, r
         "evenbits_version": __version__,
         "torch_version": str(torch.__version__),
         "source": hf.source_of(model),
+        "unfused": {name: kind for name, module in model.named_modules() if (kind := unfused_kind(module))},
         "layers": {name: _layer_config(layer) for name, layer in layers.items()},
         "aliases": state.aliases,
         "widened": state.widened,
@@ -126,21 +129,32 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     _check_scales(state)
     layers = _empty_layers(config)
     model = hf.skeleton(folder, config.get("source")) if model is None else model
-    present = dict(model.named_modules(remove_duplicate=False))
-    strangers = sorted(set(layers) - set(present))
-    if strangers:
-        raise CheckpointError(
-            f"the checkpoint has a layer {strangers[0]!r}, which the model lacks: it belongs to another model."
-        )
-    for name, layer in layers.items():
-        _check_place(name, layer, present[name])
-    undo = replace_modules(model, layers)
-    try:
+    with ExitStack() as undo:
+        undo.callback(_unfuse(model, config.get("unfused", {})))
+        present = dict(model.named_modules(remove_duplicate=False))
+        strangers = sorted(set(layers) - set(present))
+        if strangers:
+            raise CheckpointError(
+                f"the checkpoint has a layer {strangers[0]!r}, which the model lacks: it belongs to another model."
+            )
+        for name, layer in layers.items():
+            _check_place(name, layer, present[name])
+        undo.callback(replace_modules(model, layers))
         restore(model, state)  # checks every name, shape and type before it changes anything
-    except BaseException:
-        undo()
-        raise
+        undo.pop_all()
     return model.eval()
+
+
+def _unfuse(model: nn.Module, kinds: Any) -> Callable[[], None]:
+    """Takes the modules apart that were in the model that was saved. Returns what takes it back."""
+    if not isinstance(kinds, dict) or not _strings(kinds.values()):
+        raise CheckpointError("the checkpoint's table of unfused modules cannot be read.")
+    present = dict(model.named_modules(remove_duplicate=False))
+    wanted = {name: kind for name, kind in kinds.items() if unfused_kind(present.get(name)) != kind}
+    try:
+        return unfuse(model, wanted)
+    except EvenbitsError as error:
+        raise CheckpointError(f"the checkpoint's table of unfused modules does not fit the model: {error}") from error
 
 
 def _check_place(name: str, layer: QuantizedLayer, present: nn.Module) -> None:

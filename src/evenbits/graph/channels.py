@@ -5,6 +5,9 @@ multiplied by if its source were scaled. They are kept in broadcast form: a [N, 
 a convolution has labels of shape [1, C, 1, 1]. The rules per operation are in rules.py; an operation without a rule
 fixes what it reads. Values without labels are not scaled by anything.
 
+A matrix that belongs to no layer but is used as one, x @ W.T (a router's weight under F.linear), is a *reader*: like a
+layer's, its columns can be multiplied by what its input was divided by, if nothing else reads it.
+
 Nothing here knows an architecture. Repeated heads (grouped-query attention), flattened pictures, concatenations,
 residual additions and slices of fused projections come out of running the rearranging operations on the labels.
 """
@@ -12,12 +15,13 @@ residual additions and slices of fused projections come out of running the rearr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from evenbits.graph.rules import RULES, Opaque, base_name, is_exact
+from evenbits.graph.rules import MATRIX_AT, RULES, Opaque, base_name, is_exact, turns_matrix
 from evenbits.graph.variables import ONE, Source, Variables
 from evenbits.nn.layout import Layout
 
@@ -25,6 +29,15 @@ _READS_NOTHING = frozenset(
     "empty_like zeros_like ones_like full_like rand_like randn_like new_zeros new_empty new_ones new_full "
     "new_empty_strided sym_size size".split()
 )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A parameter that is used as a matrix outside every layer: the variables of the channels it reads, int64 [I], and
+    the dimension along which it has them."""
+
+    channels_I: torch.Tensor
+    dim: int
 
 
 class ChannelFlow:
@@ -36,20 +49,25 @@ class ChannelFlow:
         self.labels: dict[int, torch.Tensor] = {}
         self.sources: list[Source] = []
         self.inputs: dict[str, torch.Tensor] = {}
+        self.readers: dict[str, Reader] = {}
         self.touched: dict[str, str] = {}
         self._scopes: dict[str, set[int]] = {}
         self._owned = owned  # parameter value → layer that owns it
         self._parameters: dict[int, str] = {}
+        self._matrices: dict[int, tuple[str, bool]] = {}  # value → parameter with two dimensions, and whether turned
+        self._read_otherwise: dict[str, str] = {}
         self._sources: dict[tuple[str, bool, float], Source] = {}
         self._opaque: set[int] = set()
         self._derived: dict[int, Source] = {}  # values that are a parameter's elements, at most with a number added
         self._uses: dict[str, set[float]] = {}  # parameter → numbers with which it is used
         self._inside: list[str] = []
 
-    def add_parameter(self, value: int, name: str) -> None:
+    def add_parameter(self, value: int, name: str, shape: Sequence[int]) -> None:
         """Names a parameter's value; what belongs to a layer is not a source of its own."""
         if value not in self._owned:
             self._parameters[value] = name
+            if len(shape) == 2 and min(shape) > 1:
+                self._matrices[value] = (name, False)
 
     def enter(self, name: str, value: int, shape: Sequence[int]) -> None:
         """A layer is called on a value."""
@@ -130,9 +148,11 @@ class ChannelFlow:
             owner = self._owned.get(value)
             if owner is not None and owner not in self._inside:
                 self.touched[owner] = f"its parameters are also read by {name} in {place or 'the model'}"
+        where = f" in {place or 'the model'}"
+        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self._follow_matrices(name, args, values, [value_of(tensor) for tensor in outputs], where)
         if self._inside:
             return
-        where = f" in {place or 'the model'}"
         look = _Look(self, read, where)
         exact = is_exact(func, len(values))
         found: Any = None
@@ -145,13 +165,46 @@ class ChannelFlow:
                 self._close(value, f"its tensor is also read by {name}{where}")
         # A parameter that a rule did not follow is used in a way that no factor of its would survive.
         self._opaque.update(value for value in values if value in self._parameters and value not in self.labels)
-        outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         for value in values:
             self._follow_parameter(value, exact, found, [value_of(tensor) for tensor in outputs])
         self.see(place, (value_of(tensor) for tensor in outputs))
         for tensor, labels in zip(outputs, found if isinstance(found, list) else [found], strict=False):
             if labels is not None:
                 self.labels[value_of(tensor)] = labels
+
+    def _follow_matrices(
+        self, name: str, args: tuple[Any, ...], values: Sequence[int], outputs: Sequence[int], where: str
+    ) -> None:
+        """What becomes of matrices that are parameters of no layer: turned, converted, multiplied or anything else."""
+        for value in set(values) & self._matrices.keys():
+            parameter, turned = self._matrices[value]
+            turns = turns_matrix(name, args)
+            if turns is not None and len(outputs) == len(values) == 1:
+                self._matrices[outputs[0]] = (parameter, turned != turns)
+            elif self._inside or name not in MATRIX_AT or values.count(value) > 1 or values[MATRIX_AT[name]] != value:
+                self._read_otherwise[parameter] = f"{parameter} is also read by {name}{where}"
+
+    def read_by_matrix(self, value: int, labels: torch.Tensor | None, ndim: int, size: int, *, turned: bool) -> bool:
+        """Notes that a tensor with these labels is multiplied by the matrix `value`; False if that is none.
+
+        turned: the operation itself multiplies by the matrix transposed.
+        """
+        if value not in self._matrices:
+            return False
+        name, dim = self._matrices[value][0], int(self._matrices[value][1] != turned)
+        if labels is None:
+            labels = torch.full((1,) * ndim, ONE)
+        if any(length != 1 for length in labels.shape[:-1]):
+            self.variables.fix(labels, f"its factors do not lie along the columns of {name}")
+            labels = torch.full((1,) * ndim, ONE)
+        channels_I = labels.flatten().expand(size)
+        known = self.readers.setdefault(name, Reader(channels_I, dim))
+        if known.dim == dim:
+            self.variables.unify(known.channels_I, channels_I)
+        else:
+            self._read_otherwise[name] = f"{name} is also read the other way round"
+            self.variables.fix(channels_I, self._read_otherwise[name])
+        return True
 
     def _close(self, value: int, reason: str) -> None:
         if value in self._parameters:
@@ -192,6 +245,10 @@ class ChannelFlow:
         for (name, rows, _), source in self._sources.items():
             if not rows and len(self._uses.get(name, ())) > 1:
                 self.variables.fix(source.variables, f"{name} is used in more than one way")
+        for value in escaped & self._matrices.keys():
+            self._read_otherwise[self._matrices[value][0]] = f"what is made of {self._matrices[value][0]} is kept"
+        for name in self.readers.keys() & self._read_otherwise.keys():
+            self.variables.fix(self.readers[name].channels_I, self._read_otherwise[name])
         for name in self.layers.keys() - self.inputs.keys():
             above = name
             while above and above not in self._scopes:
@@ -235,6 +292,13 @@ class _Look:
     def derived(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter, rearranged or with a number added at most."""
         return self._flow.is_derived(self._read[id(tensor)])
+
+    def reads(self, x: torch.Tensor, weight: Any, *, turned: bool = False) -> bool:
+        """Whether `weight` is a matrix that belongs to no layer; if so, that it reads x's channels is noted."""
+        if not isinstance(weight, torch.Tensor):
+            return False
+        value, size = self._read[id(weight)], x.shape[-1]
+        return self._flow.read_by_matrix(value, self.labels(x), x.ndim, size, turned=turned)
 
     def shifted(self, labels: torch.Tensor, offset: float) -> torch.Tensor | None:
         """Labels of (offset + parameter), which is scaled by changing the parameter; None if it is no parameter."""

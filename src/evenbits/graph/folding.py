@@ -79,6 +79,9 @@ class Fold:
                 weight = self._model.get_submodule(name).get_parameter("weight")
                 columns = self._region.layouts[name].mount_inputs(_factors_at(scale_S, index_I), weight.ndim)
                 found.append((weight, columns, 0.0))
+        for name, (index_I, dim) in self._region.matrices.items():
+            factor_I = _factors_at(scale_S, index_I)
+            found.append((self._model.get_parameter(name), factor_I.unsqueeze(1 - dim), 0.0))
         return found
 
     def _rows(self, name: str, factor_O: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:

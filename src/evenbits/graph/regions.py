@@ -3,14 +3,13 @@
 Layers that read the same tensor, and a layer's own several inputs, must be smoothed with one s: they are a region. It
 can be folded if every channel of it is the free variable of sources that can be changed (channels.py): gains and biases
 of norms, rows of matrix layers. Then all layers that share a variable belong together, through residual additions and
-concatenations, and every layer that reads such a channel is scaled back, quantized or not.
+concatenations, and everything that reads such a channel is scaled back: layers, quantized or not, and matrices of none.
 
 Anything else is a reason, kept as text: the region is then served by an explicit multiply.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -37,6 +36,7 @@ class Region:
     index: layer → int64 [I], which of the `width` channels each of its input channels is.
     parts: where s can be folded in; empty if it cannot, for the `reason`.
     compensated: further layers (not to be quantized) that read the same channels, with their index (−1: another).
+    matrices: parameters of no layer that read them (channels.py), with their index and the dimension it lies along.
     layouts: of every layer that is named here.
     """
 
@@ -46,6 +46,7 @@ class Region:
     layouts: Mapping[str, Layout]
     parts: tuple[Part, ...] = ()
     compensated: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    matrices: Mapping[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -147,13 +148,17 @@ def _joined_by_channels(flow: ChannelFlow, groups: Iterable[tuple[str, ...]]) ->
             if bool((where := _where(kinds, flow.variables.find(source.variables))).ge(0).any())
         )
         others = {name: c for name, c in flow.inputs.items() if name not in layers}
-        compensated = {
-            name: where
-            for name, c in others.items()
-            if bool((where := _where(kinds, flow.variables.find(c))).ge(0).any())
-        }
-        regions.append(Region(layers, width, index, flow.layers, parts, compensated))
+        compensated = _touching(flow, kinds, others)
+        read = _touching(flow, kinds, {name: reader.channels_I for name, reader in flow.readers.items()})
+        matrices = {name: (where, flow.readers[name].dim) for name, where in read.items()}
+        regions.append(Region(layers, width, index, flow.layers, parts, compensated, matrices))
     return regions
+
+
+def _touching(flow: ChannelFlow, kinds: torch.Tensor, readers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that read a channel of `kinds`, with where each of their channels stands there (−1: not there)."""
+    found = {name: _where(kinds, flow.variables.find(channels)) for name, channels in readers.items()}
+    return {name: where for name, where in found.items() if bool(where.ge(0).any())}
 
 
 def _where(kinds: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -201,11 +206,12 @@ def _short(op: Op) -> str:
 
 
 def joined(names: Iterable[str]) -> str:
-    """`a.b.{q,k,v}` for names with one parent, else separated by commas; long lists are cut."""
+    """`a.b.{q,k,v}` for names with one parent, `a.{0,1}.b` if one word differs, else separated by commas."""
     names = list(names)
-    parents = Counter(name.rpartition(".")[0] for name in names)
-    if len(names) > 1 and len(parents) == 1:
-        parent = next(iter(parents))
-        inner = ",".join(name.rpartition(".")[2] for name in names)
-        return f"{parent}.{{{inner}}}" if parent else f"{{{inner}}}"
+    parts = [name.split(".") for name in names]
+    if len(names) > 1 and len({len(part) for part in parts}) == 1:
+        varying = [at for at, words in enumerate(zip(*parts, strict=True)) if len(set(words)) > 1]
+        if len(varying) == 1:
+            words = [part[varying[0]] for part in parts]
+            return ".".join([*parts[0][: varying[0]], f"{{{','.join(words)}}}", *parts[0][varying[0] + 1 :]])
     return ",".join(names)

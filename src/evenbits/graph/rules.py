@@ -9,6 +9,7 @@
 | a + b                                    | both must carry the same factors                                 |
 | a · b                                    | one of them carries, the other is fixed; a parameter carries     |
 | attention · values, a @ b                | linear in b along its last dimension: b carries                  |
+| x @ W.T for a parameter W of no layer   | W's columns are a reader of x's factors                          |
 | LayerNorm, GroupNorm, RMSNorm, BatchNorm | the input is fixed; gain and bias are sources                    |
 
 Rules return labels for the output (a list for several outputs) or raise `Opaque`.
@@ -62,19 +63,36 @@ def _rearranged(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> An
         return None
     if any(x.numel() > _LARGEST for x in data):
         raise Opaque
+    shapes = [[max(size, 1) for size in x.shape] for x in data]
     full = [
-        (torch.full((1,) * x.ndim, ONE) if found is None else found).expand(x.shape).contiguous()
-        for x, found in zip(data, labels, strict=True)
+        (torch.full((1,) * x.ndim, ONE) if found is None else found).expand(shape).contiguous()
+        for x, found, shape in zip(data, labels, shapes, strict=True)
     ]
     first = full if isinstance(args[0], (list, tuple)) else full[0]
-    to_cpu = lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "device", "memory_format")}
-    result = func(first, *tree_map(to_cpu, tuple(args[1:])), **tree_map(to_cpu, kwargs))
+    rest, named = tree_map(_filled, (tuple(args[1:]), kwargs))
+    named = {name: value for name, value in named.items() if name not in ("dtype", "device", "memory_format")}
+    if base_name(func) in _SIZED and any(0 in x.shape for x in data):
+        rest = tree_map(lambda size: 1 if isinstance(size, int) and size == 0 else size, rest)
+    try:
+        result = func(first, *rest, **named)
+    except (RuntimeError, IndexError):  # what stands in for nothing does not fit
+        raise Opaque from None
     return [_compressed(part) for part in result] if isinstance(result, (list, tuple)) else _compressed(result)
+
+
+def _filled(leaf: Any) -> Any:
+    """An index with something in it. Nothing is routed to some experts: their values have no rows, but channels."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if leaf.dtype == torch.bool and not bool(leaf.any()):
+        return torch.ones(leaf.shape, dtype=torch.bool)
+    return leaf.cpu() if leaf.numel() else torch.zeros([max(size, 1) for size in leaf.shape], dtype=leaf.dtype)
 
 
 def _compressed(labels: torch.Tensor) -> torch.Tensor:
     """Labels with every dimension along which they do not vary at size one."""
+    if not labels.numel():
+        raise Opaque
     for dim, size in enumerate(labels.shape):
         if size > 1 and bool((labels == labels.narrow(dim, 0, 1)).all()):
             labels = labels.narrow(dim, 0, 1)
@@ -128,7 +146,8 @@ def _added(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     a, b = args[0], args[1]
     left, right = look.labels(a), look.labels(b)
     if not isinstance(b, torch.Tensor) or not isinstance(a, torch.Tensor) or 1 in (a.numel(), b.numel()):
-        number, tensor = (a, b) if not isinstance(a, torch.Tensor) or a.numel() == 1 < b.numel() else (b, a)
+        first = isinstance(b, torch.Tensor) and (not isinstance(a, torch.Tensor) or a.numel() == 1 < b.numel())
+        number, tensor = (a, b) if first else (b, a)
         if not isinstance(number, torch.Tensor):
             number = number * kwargs.get("alpha", 1) * (-1 if base_name(func) == "sub" else 1)
         return _plus_number(look, tensor, number)
@@ -196,6 +215,8 @@ def _divided(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 def _product(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     a, b = args[0], args[1]
+    if look.reads(a, b):
+        return None
     look.fix(look.labels(a), f"it is the left factor of {base_name(func)}")
     labels = look.labels(b)
     if labels is None:
@@ -203,6 +224,20 @@ def _product(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     if labels.shape[-2] > 1:
         raise Opaque
     return labels
+
+
+def _affine(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """bias + a @ b, for a parameter b."""
+    if not look.reads(args[1], args[2]):
+        raise Opaque
+    look.fix(look.labels(args[0]), "it is added to a product")
+    return None
+
+
+def _linear(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    if not look.reads(args[0], args[1], turned=True):
+        raise Opaque
+    return None
 
 
 def _attention(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -249,13 +284,22 @@ def is_exact(func: Any, tensors: int) -> bool:
     return tensors == 1 and RULES.get(base_name(func)) in (_copy, _rearranged, _added)
 
 
-def _named(words: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+def _named(words: str, rule: Any) -> dict[str, Any]:
     return dict.fromkeys(words.split(), rule)
+
+
+def _indexed(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Rows picked by one index, where nothing varies from row to row: as for the whole tensor."""
+    labels, index = look.labels(args[0]), args[1]
+    picks_rows = len(index) == 1 and isinstance(index[0], torch.Tensor) and index[0].ndim == 1
+    if picks_rows and labels is not None and labels.shape[0] == 1:
+        return labels
+    return _rearranged(look, func, args, kwargs, output)
 
 
 _VIEWS = """view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice select split
 split_with_sizes unsafe_split chunk unbind flatten unflatten movedim repeat repeat_interleave cat stack index_select
-index roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
+roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
 _POOLS = """max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d adaptive_avg_pool{n}d _adaptive_avg_pool{n}d
 adaptive_max_pool{n}d reflection_pad{n}d replication_pad{n}d upsample_nearest{n}d"""
 _UPSAMPLED = "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d"
@@ -266,10 +310,25 @@ _scaled_dot_product_cudnn_attention"""
 _BATCH_NORMS = """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
 _batch_norm_with_update batch_norm"""
 
+
+def turns_matrix(name: str, args: tuple[Any, ...]) -> bool | None:
+    """Whether an operation hands on its matrix turned (True) or as it is (False); None for any other operation."""
+    if name == "transpose":
+        return bool((args[1] - args[2]) % 2)
+    if name == "permute":
+        return bool(args[1][0] % 2)
+    return {"t": True, **_named("_to_copy clone contiguous detach alias", False)}.get(name)
+
+
+# Where, among the tensors an operation reads, the matrix stands.
+MATRIX_AT = {"mm": 1, "matmul": 1, "linear": 1, "addmm": 2}
+
+_SIZED = frozenset("view _unsafe_view reshape _reshape_alias expand".split())
 RULES: dict[str, Callable[..., Any]] = {
     **_named("relu leaky_relu abs neg _prelu_kernel", _same),
     **_named("clone _to_copy contiguous alias detach lift_fresh positive", _copy),
     **_named(_VIEWS, _rearranged),
+    "index": _indexed,
     **{name: rule for n in (1, 2, 3) for name, rule in _named(_POOLS.format(n=n), _positions).items()},
     **_named(_UPSAMPLED, _positions),
     "constant_pad_nd": _padded,
@@ -277,6 +336,8 @@ RULES: dict[str, Callable[..., Any]] = {
     **_named("add sub", _added),
     "mul": _multiplied,
     "div": _divided,
+    "addmm": _affine,
+    "linear": _linear,
     **_named("bmm matmul mm", _product),
     **_named(_ATTENTIONS, _attention),
     "native_layer_norm": _normed(2, 3, -1),

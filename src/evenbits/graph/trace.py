@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
                 owned[value] = found.rpartition(".")[0]
         self.result.flow = ChannelFlow(layers, owned)
         for value, known in self.result.parameters.items():
-            self.result.flow.add_parameter(value, known[0])
+            self.result.flow.add_parameter(value, known[0], self.result.shapes[value])
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:

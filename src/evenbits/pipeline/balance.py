@@ -26,6 +26,8 @@ from evenbits.schemes.scheme import Scheme
 
 _FIRST_ONLY = "α was tuned on the first {} batches: the data can be walked only once. Pass a list to tune on all of it."
 
+_UNSEEN = "did not run on the calibration data: no statistics"
+
 
 def balance(
     model: nn.Module,
@@ -40,7 +42,9 @@ def balance(
     layouts = {plan.name: plan.channels for plan in plans}
     if methods.balance is None:
         return Balanced(layouts=layouts)
-    widths = {plan.name: layouts[plan.name].in_channels for plan in plans if watched.ranges[plan.name].seen}
+    # A layer may have run on no rows (an expert nothing was routed to): it reads what the others read, and is scaled.
+    ran = {name for name in layouts if watched.ranges[name].seen} | watched.trace.flow.inputs.keys()
+    widths = {plan.name: layouts[plan.name].in_channels for plan in plans if plan.name in ran}
     regions = _regions(watched, widths, layouts, permutes=methods.balance.permutes)
     asked = {region.name: decide(model, region, watched, methods) for region in regions}
     decided = {name: found for name, found in asked.items() if isinstance(found, Rebalance)}
@@ -48,7 +52,7 @@ def balance(
     if searches:
         trials = Trials(model, {plan.name: plan for plan in plans}, scheme, methods, watched)
         decided |= tune(trials, [region for region in regions if region.name in searches], searches, progress=progress)
-    unsmoothed = _unsmoothed(plans, watched)
+    unsmoothed = _unsmoothed([plan for plan in plans if plan.name not in widths])
     if not regions:
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in unsmoothed[:5])
         raise EvenbitsError(f"smoothing was asked for and no region was smoothed. {reasons}")
@@ -77,7 +81,10 @@ def _regions(
 
 def decide(model: nn.Module, region: Region, watched: Watched, methods: Methods) -> Rebalance | Search:
     """What the balance method says of one region: figures per channel of the region, [width]; or its search for it."""
-    absmax_S = largest_per_channel(region, {name: watched.ranges[name].absmax for name in region.layers})
+    seen = {name: watched.ranges[name].absmax for name in region.layers if watched.ranges[name].seen}
+    if not seen:
+        return Rebalance(None, {})
+    absmax_S = largest_per_channel(region, seen)
     weights = [_columns(model, region, name) for name in region.layers]
     decided: Rebalance | Search = methods.balance(absmax_S, weights, **methods.balance_options)  # type: ignore[misc]
     return decided
@@ -116,7 +123,8 @@ def _scaled(
         scale_S, choice = decided[region.name].scale_I, decided[region.name].choice
         if scale_S is None:
             why = "leaving it alone had the least loss" if "untouched" in choice else "the method left it alone"
-            rows.append(RegionRow(region.name, region.layers, "skipped", why, None, decided[region.name].curve))
+            why, curve = _why_skipped(region, watched, why), decided[region.name].curve
+            rows.append(RegionRow(region.name, region.layers, "skipped", why, None, curve))
             continue
         scales |= {name: scale_S[index.to(scale_S.device)] for name, index in region.index.items()}
         fold, reason = Fold(model, region), failed.get(region.name) or region.reason
@@ -144,7 +152,8 @@ def _permuted(
     for region in regions:
         perm_I = decided[region.name].perm_I
         if perm_I is None:
-            rows.append(RegionRow(region.name, region.layers, "skipped", "no two outlier channels share a pair", None))
+            reason = _why_skipped(region, watched, "no two outlier channels share a pair")
+            rows.append(RegionRow(region.name, region.layers, "skipped", reason, None))
             continue
         perms |= dict.fromkeys(region.layers, perm_I)
         values = {watched.trace.root(value) for name in region.layers for value in watched.trace.calls.get(name, [])}
@@ -163,7 +172,9 @@ def _permuted(
     return Balanced(perms=perms, indexed=frozenset(indexed), outputs=outputs, rows=tuple(rows))
 
 
-def _unsmoothed(plans: list[LayerPlan], watched: Watched) -> tuple[RegionRow, ...]:
-    reason = "did not run on the calibration data: no statistics"
-    names = [plan.name for plan in plans if not watched.ranges[plan.name].seen]
-    return tuple(RegionRow(name, (name,), "skipped", reason, None) for name in names)
+def _why_skipped(region: Region, watched: Watched, method: str) -> str:
+    return method if any(watched.ranges[name].seen for name in region.layers) else _UNSEEN
+
+
+def _unsmoothed(plans: list[LayerPlan]) -> tuple[RegionRow, ...]:
+    return tuple(RegionRow(plan.name, (plan.name,), "skipped", _UNSEEN, None) for plan in plans)

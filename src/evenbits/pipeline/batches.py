@@ -20,7 +20,7 @@ from evenbits.errors import EvenbitsError
 
 KEPT = 4
 # What a model raises for a batch that it cannot take.
-_REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 class Batches:
@@ -87,7 +87,7 @@ class Batches:
                 self.run(batch)
             except EvenbitsError as error:
                 raise EvenbitsError(f"calibration batch {index}: {error}") from error
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 raise EvenbitsError(
                     f"the model could not run calibration batch {index} ({type(batch).__name__}): {error}. A tensor is "
                     "passed as the one argument, a tuple or list as positional and a mapping as keyword arguments."
@@ -98,7 +98,7 @@ class Batches:
         """Runs the first batch once more. Raises EvenbitsError if the model, its layers replaced, no longer runs."""
         try:
             self.run(self.kept[0])
-        except (*_REFUSALS, EvenbitsError) as error:
+        except (*REFUSALS, EvenbitsError) as error:
             raise EvenbitsError(
                 f"the model does not run with quantized layers ({type(error).__name__}: {error}); it is left as it "
                 "was. Keep the layer in question in float: add its name to 'ignore'."

@@ -1,7 +1,8 @@
 """Which layers a scheme quantizes, and for every other matrix of the model why not. No layer is left unmentioned.
 
 A layer is a module with a layout (nn/layout.py): linear layers and convolutions of every kind. Every other parameter
-with two or more dimensions gets a line of its own: embeddings, fused expert weights, attention `in_proj_weight`, ….
+with two or more dimensions gets a line of its own: embeddings, routers, and the fused weights of experts and attention
+that were not taken apart before (unfuse.py), ….
 """
 
 from __future__ import annotations
@@ -62,15 +63,20 @@ def plan_layers(model: nn.Module, scheme: Scheme) -> list[LayerPlan]:
 
     Raises EvenbitsError for non-finite parameters, and for an override of the scheme that is no layer's.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise EvenbitsError(f"parameter {name} holds NaN or infinite values; mend the model before quantizing it.")
+    check_finite(model)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     plans = list(_lines(model, scheme, owners))
     _check_overrides(plans, scheme)
     return plans
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises EvenbitsError naming the first parameter that holds NaN or infinite values."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise EvenbitsError(f"parameter {name} holds NaN or infinite values; mend the model before quantizing it.")
 
 
 def _check_overrides(plans: list[LayerPlan], scheme: Scheme) -> None:

@@ -1,13 +1,14 @@
 """`quantize`: one call from a float model to integer layers, in place.
 
+    unfuse      attention and experts that keep several layers in one parameter, taken apart  (unfuse.py)
     plan        which layers, and why not the others                      (plan.py)
     watch       trace one forward, prove folds, collect channel ranges    (graph/, observers/)
     balance     one s per region                                          (balance.py)
     solve       weights to codes, activations to quantizers               (solve.py)
-    swap        fold and replace; the only step that touches the model    (swap.py)
+    swap        fold and replace                                          (swap.py)
 
-Everything up to the swap works beside the model, and the swap takes itself back if it fails: on any error the model is
-bit for bit what it was.
+Only the first and the last step touch the model, and both take themselves back if anything fails: on any error the
+model is bit for bit what it was.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from evenbits.pipeline.plan import LayerPlan, plan_layers
 from evenbits.pipeline.result import LayerRow, Result
 from evenbits.pipeline.solve import Solved, solve
 from evenbits.pipeline.swap import swap
+from evenbits.pipeline.unfuse import unfused
 from evenbits.pipeline.watch import Watched, watch
 from evenbits.schemes.scheme import Scheme, resolve
 
@@ -69,13 +71,13 @@ def quantize(
     method = default_method(scheme) if method is None else method
     methods = Methods.parse(method, options)
     refuse_quantized(model, "quantize")
-    plans = plan_layers(model, scheme)
     static = any(formats.static for formats in scheme.formats)
     if data is None and (static or methods.balance is not None):
         what = "static activations need" if static else f"method {method!r} needs"
         raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")
-    with evaluation_mode(model):
-        batches = None if data is None else Batches(model, data, progress=progress)
+    batches = None if data is None else Batches(model, data, progress=progress)
+    with unfused(model, scheme, batches) as parts, evaluation_mode(model):
+        plans = parts.explained(plan_layers(model, scheme))
         plans, watched = watch(model, plans, batches, scheme, methods)
         chosen = [plan for plan in plans if not plan.reason]
         if not chosen:
@@ -88,7 +90,9 @@ def quantize(
         with swap(model, {name: layer.module for name, layer in solved.items()}, balanced.folds):
             if batches is not None:
                 batches.check_quantized()
+            plans = parts.settle(model, plans)
             found = _result(model, scheme, methods, plans, balanced, solved, watched, cost)
+            found = replace(found, notes=(*parts.notes(model), *found.notes))
             return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
 
 
