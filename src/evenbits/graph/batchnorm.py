@@ -21,10 +21,10 @@ from torch import nn
 
 from evenbits.graph.rules import base_name_of
 from evenbits.graph.trace import Ref, Trace
+from evenbits.nn.folded import FoldedNorm
 from evenbits.nn.layout import Layout
 from evenbits.nn.replace import replace_modules
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from evenbits.nn.unfuse import BATCH_NORMS
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def norms_after_layers(model: nn.Module, trace: Trace) -> list[NormAfter]:
             continue
         norm = model.get_submodule(op.module)
         value = op.args[0].value
-        if type(norm) not in _NORMS or norm.training or norm.running_var is None or value in trace.escaped:
+        if type(norm) not in BATCH_NORMS or norm.training or norm.running_var is None or value in trace.escaped:
             continue
         index = trace.producer.get(value)
         layer = "" if index is None else trace.ops[index].module
@@ -58,9 +58,9 @@ def _runs_once(trace: Trace, norm: str) -> bool:
 
 
 def fold_norms(model: nn.Module, pairs: list[NormAfter], layouts: Mapping[str, Layout]) -> Callable[[], None]:
-    """Folds the norms and puts nn.Identity in their places. Returns what takes all of it back, bit for bit."""
+    """Folds the norms and puts FoldedNorm in their places. Returns what takes all of it back, bit for bit."""
     saved: list[tuple[nn.Module, torch.Tensor, Any]] = [_fold(model, pair, layouts[pair.layer]) for pair in pairs]
-    restore = replace_modules(model, {pair.norm: nn.Identity() for pair in pairs})
+    restore = replace_modules(model, {pair.norm: FoldedNorm() for pair in pairs})
 
     def undo() -> None:
         restore()

@@ -57,6 +57,7 @@ class ChannelFlow:
         self._matrices: dict[int, tuple[str, bool]] = {}  # value → parameter with two dimensions, and whether turned
         self._read_otherwise: dict[str, str] = {}
         self._sources: dict[tuple[str, bool, float], Source] = {}
+        self._by_first: dict[int, list[Source]] = {}
         self._opaque: set[int] = set()
         self._derived: dict[int, Source] = {}  # values that are a parameter's elements, at most with a number added
         self._uses: dict[str, set[float]] = {}  # parameter → numbers with which it is used
@@ -114,17 +115,21 @@ class ChannelFlow:
         if key not in self._sources:
             self._sources[key] = Source(name, rows, offset, self.variables.new(size), size)
             self.sources.append(self._sources[key])
+            self._by_first.setdefault(self._sources[key].first, []).append(self._sources[key])
         return self._sources[key]
 
     def parameter_of(self, labels: torch.Tensor) -> str | None:
         """The parameter whose elements these labels are, one by one (offset 0), or None."""
+        source = self.source_of(labels)
+        return source.name if source is not None and source.offset == 0 else None
+
+    def source_of(self, labels: torch.Tensor) -> Source | None:
+        """The parameter's source whose variables these labels are, one by one, or None."""
         if not labels.numel():
             return None
-        first = int(labels.flatten()[0])
-        for (name, rows, offset), source in self._sources.items():
-            same = source.first == first and source.size == labels.numel()
-            if same and not rows and offset == 0 and torch.equal(labels.flatten(), source.variables):
-                return name
+        for source in self._by_first.get(int(labels.flatten()[0]), ()):
+            if not source.rows and torch.equal(labels.flatten(), source.variables):
+                return source
         return None
 
     def step(

@@ -10,7 +10,7 @@ Anything else is a reason, kept as text: the region is then served by an explici
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -85,14 +85,26 @@ def _same_tensor(trace: Trace, calls: Mapping[str, list[int]]) -> list[tuple[str
 
 def components(roots: Mapping[str, set[tuple[int, int]]]) -> list[tuple[tuple[str, ...], set[tuple[int, int]]]]:
     """Names whose sets touch, directly or through others, with the union of their sets; in order of first use."""
-    found: list[tuple[list[str], set[tuple[int, int]]]] = []
+    first: dict[tuple[int, int], str] = {}  # the first name that has a value
+    above = {name: name for name in roots}
+    order = {name: position for position, name in enumerate(roots)}
+
+    def top(name: str) -> str:
+        while above[name] != name:
+            above[name] = above[above[name]]
+            name = above[name]
+        return name
+
     for name, values in roots.items():
-        touching = [component for component in found if component[1] & values]
-        merged = ([n for c in touching for n in c[0]] + [name], set(values).union(*(c[1] for c in touching)))
-        position = found.index(touching[0]) if touching else len(found)
-        found = [component for component in found if component not in touching]
-        found.insert(position, merged)
-    return [(tuple(names), values) for names, values in found]
+        for value in values:
+            ends = sorted((top(name), top(first.setdefault(value, name))), key=order.__getitem__)
+            above[ends[1]] = ends[0]
+    found: dict[str, tuple[list[str], set[tuple[int, int]]]] = {}
+    for name, values in roots.items():
+        names, joint = found.setdefault(top(name), ([], set()))
+        names.append(name)
+        joint |= values
+    return [(tuple(names), values) for names, values in found.values()]
 
 
 def _reasons(trace: Trace, groups: list[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
@@ -135,30 +147,38 @@ def _joined_by_channels(flow: ChannelFlow, groups: Iterable[tuple[str, ...]]) ->
     """Regions of the groups that share variables."""
     classes = {name: flow.variables.find(flow.inputs[name]) for group in groups for name in group}
     roots = {group: {(int(c), 0) for name in group for c in classes[name].unique()} for group in groups}
-    regions = []
-    for members, _ in components({str(i): roots[group] for i, group in enumerate(groups)}):
-        by_number = dict(enumerate(groups))
-        layers = tuple(name for member in members for name in by_number[int(member)])
-        kinds = torch.cat([classes[name] for name in layers]).unique()
-        width = len(kinds)
-        index = {name: torch.searchsorted(kinds, classes[name]) for name in layers}
-        parts = tuple(
-            Part(source, where)
-            for source in flow.sources
-            if bool((where := _where(kinds, flow.variables.find(source.variables))).ge(0).any())
-        )
-        others = {name: c for name, c in flow.inputs.items() if name not in layers}
-        compensated = _touching(flow, kinds, others)
-        read = _touching(flow, kinds, {name: reader.channels_I for name, reader in flow.readers.items()})
-        matrices = {name: (where, flow.readers[name].dim) for name, where in read.items()}
-        regions.append(Region(layers, width, index, flow.layers, parts, compensated, matrices))
-    return regions
+    by_number = dict(enumerate(groups))
+    members = [numbers for numbers, _ in components({str(i): roots[group] for i, group in by_number.items()})]
+    layers = [tuple(name for number in numbers for name in by_number[int(number)]) for numbers in members]
+    kinds = [torch.cat([classes[name] for name in names]).unique() for names in layers]
+    owner = torch.full((len(flow.variables),), -1)  # of a class: the region whose channels it scales
+    for number, classes_S in enumerate(kinds):
+        owner[classes_S] = number
 
+    def touched(variables: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """The regions that a source or reader has channels of, and where each of its channels stands there."""
+        found = flow.variables.find(variables)
+        for number in owner[found].unique().tolist():
+            if number >= 0:
+                yield number, _where(kinds[number], found)
 
-def _touching(flow: ChannelFlow, kinds: torch.Tensor, readers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those that read a channel of `kinds`, with where each of their channels stands there (−1: not there)."""
-    found = {name: _where(kinds, flow.variables.find(channels)) for name, channels in readers.items()}
-    return {name: where for name, where in found.items() if bool(where.ge(0).any())}
+    parts: list[list[Part]] = [[] for _ in kinds]
+    compensated: list[dict[str, torch.Tensor]] = [{} for _ in kinds]
+    matrices: list[dict[str, tuple[torch.Tensor, int]]] = [{} for _ in kinds]
+    for source in flow.sources:
+        for number, where in touched(source.variables):
+            parts[number].append(Part(source, where))
+    for name, channels_I in flow.inputs.items():
+        for number, where in touched(channels_I) if name not in classes else ():
+            compensated[number][name] = where
+    for name, reader in flow.readers.items():
+        for number, where in touched(reader.channels_I):
+            matrices[number][name] = (where, reader.dim)
+    found = []
+    for i, names in enumerate(layers):
+        index = {name: torch.searchsorted(kinds[i], classes[name]) for name in names}
+        found.append(Region(names, len(kinds[i]), index, flow.layers, tuple(parts[i]), compensated[i], matrices[i]))
+    return found
 
 
 def _where(kinds: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

@@ -43,15 +43,21 @@ class Variables:
     def __init__(self) -> None:
         self._parent = np.zeros(1, dtype=np.int64)
         self._reason = np.zeros(1, dtype=np.int64)  # of a class's root; 0: free
+        self._count = 1
         self._reasons = ["", "it is not scaled by anything that can be changed"]
         self._reason[ONE] = 1
 
     def new(self, size: int) -> int:
         """Makes `size` free variables; returns the first."""
-        first = len(self._parent)
-        self._parent = np.concatenate([self._parent, np.arange(first, first + size)])
-        self._reason = np.concatenate([self._reason, np.zeros(size, dtype=np.int64)])
+        first, self._count = self._count, self._count + size
+        if self._count > len(self._parent):  # twice as many as are needed: experts make tens of thousands of sources
+            added = 2 * self._count - len(self._parent)
+            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * self._count)])
+            self._reason = np.concatenate([self._reason, np.zeros(added, dtype=np.int64)])
         return first
+
+    def __len__(self) -> int:
+        return self._count
 
     def find(self, variables: torch.Tensor) -> torch.Tensor:
         """The representative of each variable's class."""

@@ -5,6 +5,7 @@
 | attention           | nn.MultiheadAttention                                     | UnfusedAttention (attention.py)   |
 | experts             | 3-D expert weights, each matrix stored as [out, in]       | UnfusedExperts (experts.py)       |
 | experts_transposed  | 3-D expert weights, each matrix stored as [in, out]       | UnfusedExperts, turned            |
+| batch_norm          | a BatchNorm that was folded into the layer before it      | FoldedNorm (folded.py)            |
 
 The kind is what a checkpoint records: with the module's own shapes it says all there is to know.
 """
@@ -21,12 +22,16 @@ from torch import nn
 from evenbits.errors import EvenbitsError, unknown_name
 from evenbits.nn.attention import UnfusedAttention, why_fused
 from evenbits.nn.experts import UnfusedExperts, looks_fused, why_not
+from evenbits.nn.folded import FoldedNorm
 from evenbits.nn.replace import replace_modules
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 FORMS: dict[str, Callable[[Any], nn.Module]] = {
     "attention": UnfusedAttention,
     "experts": UnfusedExperts,
     "experts_transposed": partial(UnfusedExperts, turned=True),
+    "batch_norm": lambda module: FoldedNorm(),
 }
 
 
@@ -84,6 +89,8 @@ def unfused_form(module: nn.Module, kind: str) -> nn.Module:
         raise unknown_name("kind of fused module", kind, FORMS)
     if kind == "attention" and (not isinstance(module, nn.MultiheadAttention) or why_fused(module)):
         raise EvenbitsError(f"{type(module).__name__} is no nn.MultiheadAttention that can be taken apart.")
+    if kind == "batch_norm" and not isinstance(module, BATCH_NORMS):
+        raise EvenbitsError(f"{type(module).__name__} is no BatchNorm that could have been folded.")
     return FORMS[kind](module)
 
 
@@ -103,6 +110,8 @@ def unfused_kind(module: nn.Module | None) -> str | None:
     """The kind that an unfused form in a model was made as; None for any other module."""
     if isinstance(module, UnfusedAttention):
         return "attention"
+    if isinstance(module, FoldedNorm):
+        return "batch_norm"
     if isinstance(module, UnfusedExperts):
         return "experts_transposed" if module.turned else "experts"
     return None

@@ -150,17 +150,17 @@ def unwatched_readers(watched: Trace, bare: Trace, plans: list[LayerPlan]) -> di
     """Layers whose weight other operations read when no hook is set (name → reason), such as a fused encoder layer."""
     names = {plan.name for plan in plans}
     found: dict[str, str] = {}
+    value_of = {owners: value for value, owners in watched.parameters.items()}
     for value, owners in bare.parameters.items():
         layer = owners[0].rpartition(".")[0]
         if layer not in names:
             continue
-        seen, now = _reading(watched, owners), [bare.ops[index].name for index in bare.readers.get(value, [])]
+        seen, now = _reading(watched, value_of[owners]), [bare.ops[index].name for index in bare.readers.get(value, [])]
         if new := sorted(set(now) - set(seen)):
             fused = new[0].removeprefix("aten.").partition(".")[0]
             found[layer] = f"its parameters are read directly by {fused} when nobody watches, outside the layer"
     return found
 
 
-def _reading(trace: Trace, owners: tuple[str, ...]) -> list[str]:
-    value = next(value for value, names in trace.parameters.items() if names == owners)
+def _reading(trace: Trace, value: int) -> list[str]:
     return [trace.ops[index].name for index in trace.readers.get(value, [])]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from evenbits.pipeline.balance import balance
 from evenbits.pipeline.balanced import Balanced
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.methods import Methods, default_method
+from evenbits.pipeline.norms import folded_norms
 from evenbits.pipeline.plan import LayerPlan, plan_layers
 from evenbits.pipeline.result import LayerRow, Result
 from evenbits.pipeline.solve import Solved, solve
@@ -76,7 +78,10 @@ def quantize(
         what = "static activations need" if static else f"method {method!r} needs"
         raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")
     batches = None if data is None else Batches(model, data, progress=progress)
-    with unfused(model, scheme, batches) as parts, evaluation_mode(model):
+    prepared = ExitStack()
+    with prepared, evaluation_mode(model):
+        parts = prepared.enter_context(unfused(model, scheme, batches))
+        norms = prepared.enter_context(folded_norms(model, scheme, batches))
         plans = parts.explained(plan_layers(model, scheme))
         plans, watched = watch(model, plans, batches, scheme, methods)
         chosen = [plan for plan in plans if not plan.reason]
@@ -92,7 +97,7 @@ def quantize(
                 batches.check_quantized()
             plans = parts.settle(model, plans)
             found = _result(model, scheme, methods, plans, balanced, solved, watched, cost)
-            found = replace(found, notes=(*parts.notes(model), *found.notes))
+            found = replace(found, notes=(*parts.notes(model), *norms, *found.notes))
             return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
 
 

@@ -107,7 +107,7 @@ def unfused(model: nn.Module, scheme: Scheme, batches: Batches | None) -> Iterat
     done = Unfusing(reasons={name: fused.reason for name, fused in found.items() if fused.reason})
     wanted = {name: fused.kinds for name, fused in found.items() if fused.kinds}
     ignored = [name for name, kinds in wanted.items() if _ignored(model, name, kinds[0], scheme)]
-    done.reasons |= {name: _IGNORED for name in ignored if name in wanted}
+    done.reasons |= dict.fromkeys(ignored, _IGNORED)
     wanted = {name: kinds for name, kinds in wanted.items() if name not in ignored}
     with evaluation_mode(model), torch.no_grad():
         done.reasons |= _prove(model, wanted, done, batches)
