@@ -265,6 +265,30 @@ def test_names_that_are_last_parts_of_others_and_layers_that_did_not_run() -> No
     assert all(total.mean_error is not None for total in found.totals)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transposed_weights_keyword_inputs_and_half_floats(dtype: torch.dtype) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.plain = Conv1D(96, 64), nn.Linear(64, 96)
+
+        def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+            return self.wide(x) + self.plain(input=x)
+
+    torch.manual_seed(0)
+    model = Odd().to(dtype).eval()
+    data = [{"x": torch.randn(3, 8, 64, dtype=dtype)} for _ in range(2)]
+    found = advise(model, data=data, activations="int8:tensor", dynamic=False)
+    assert by_name(found)["wide"].shape == by_name(found)["plain"].shape == (96, 64)
+    result = evenbits.quantize(model, scheme=found.scheme(), method=found.method, data=data)
+    for row in result.quantized:
+        chosen = by_name(found)[row.name].chosen
+        assert chosen is not None and chosen.output_sqnr_db is not None and row.format == chosen.encoded
+        assert row.output_sqnr_db == pytest.approx(chosen.output_sqnr_db, abs=1e-3 if dtype == torch.float32 else 0.2)
+
+
 def test_the_result_is_plain_json(advice: Advice) -> None:
     plain = json.loads(json.dumps(advice.to_json(), allow_nan=False))
     assert resolve(plain["scheme"]) == advice.scheme()

@@ -74,7 +74,8 @@ class Probe:
 
     def _rounded(self, x: torch.Tensor, by: ActivationQuantizer) -> torch.Tensor:
         rows = x.flatten(-3) if self.plan.kind == "Conv2d" else x  # each image one row, as the layer has it
-        return fake_quantize(rows, by.format, scale=by.scale, zero_point=by.zero_point).view(x.shape)
+        scale, zero_point = (None if t is None else t.to(x.device) for t in (by.scale, by.zero_point))
+        return fake_quantize(rows, by.format, scale=scale, zero_point=zero_point).view(x.shape)
 
     def _add(self, name: str, answer: torch.Tensor, y: torch.Tensor) -> None:
         self.noise[name] = self.noise.get(name, 0.0) + _power(answer.float() - y.float())
