@@ -191,6 +191,7 @@ def test_who_reads_the_weight_that_is_gone_is_told() -> None:
     assert unfused.in_proj_bias is None
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_what_it_cannot_take_is_an_error() -> None:
     unfused = UnfusedAttention(fused(batch_first=True))
     x = torch.randn(2, 3, 12, dtype=torch.float64)

@@ -185,8 +185,6 @@ def test_what_is_built_otherwise_says_why() -> None:
     buffered.register_buffer("table", torch.ones(3))
     shaped = made("mixtral")
     shaped.down_proj = nn.Parameter(torch.ones(E, H + 1, I))
-    replaced = made("mixtral")
-    replaced.forward = lambda a, b, c: a
 
     class One(Hand):
         def forward(self, states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -199,7 +197,6 @@ def test_what_is_built_otherwise_says_why() -> None:
         (third, "3 parameters of three dimensions"),
         (buffered, "'table'"),
         (shaped, "are not the two layers of 4 experts"),
-        (replaced, "its forward was replaced"),
         (One(turned=False), "does not take hidden states"),
         (bare, "neither act_fn nor _apply_gate"),
     ):
