@@ -118,7 +118,7 @@ def test_depthwise_codes_do_not_change_with_s() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_dead_channel_is_left_alone_in_every_type(dtype: torch.dtype) -> None:
     """Clamping s to 1e-5 there would multiply the gain before it by 1e5: infinite in float16."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
     with torch.no_grad():
         model[0].weight[2], model[0].bias[2] = 0.0, -1.0  # dead behind ReLU
         model[2].weight[:, 5] = 0.0  # read by nobody

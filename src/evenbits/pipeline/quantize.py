@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,11 @@ def quantize(
         what = "static activations need" if static else f"method {method!r} needs"
         raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")
     batches = None if data is None else Batches(model, data, progress=progress)
-    prepared = ExitStack()
-    with prepared, evaluation_mode(model):
-        parts = prepared.enter_context(unfused(model, scheme, batches))
-        norms = prepared.enter_context(folded_norms(model, scheme, batches))
+    with (
+        unfused(model, scheme, batches) as parts,
+        evaluation_mode(model),
+        folded_norms(model, scheme, batches) as norms,
+    ):
         plans = parts.explained(plan_layers(model, scheme))
         plans, watched = watch(model, plans, batches, scheme, methods)
         chosen = [plan for plan in plans if not plan.reason]

@@ -112,8 +112,8 @@ def _balanced_weight(
         weight = weight * plan.channels.mount_inputs(balanced.scales[plan.name].to(weight.device), weight.ndim)
     factor_O = balanced.row_factors.get(plan.name)
     if factor_O is not None:
-        factor_O = factor_O.to(weight.device, torch.float32)
-        weight = weight * plan.channels.mount_outputs(factor_O, weight.ndim)
+        factor_O = factor_O.to(weight.device)
+        weight = weight * plan.channels.mount_outputs(factor_O.float(), weight.ndim)
         bias = None if bias is None else bias.detach() * factor_O.to(bias.dtype)
     return plan.channels.matrix(weight), bias
 
