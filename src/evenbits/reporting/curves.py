@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _GAP, _BOTTOM, _LINE = 960, 84, 200, 92, 44, 92, 17
+_WIDTH, _LEFT, _RIGHT, _TOP, _GAP, _BOTTOM, _LINE = 960, 84, 200, 96, 44, 92, 17
 _HEIGHTS = (300, 170)  # of the first panel, of the others
 _STYLE = """<style>
-svg { font: 13px system-ui, "DejaVu Sans", sans-serif; background: #fff; color: #1b1f24 }
+svg { font: 13px system-ui, "DejaVu Sans", sans-serif; color: #1b1f24 } .sheet { fill: #fff }
 text { fill: currentColor } .title { font-weight: 600; font-size: 16px } .small { font-size: 12px; fill-opacity: .8 }
 .grid { stroke: currentColor; stroke-opacity: .13 } .axis { stroke: currentColor; stroke-opacity: .5 }
 .curve { fill: none; stroke: #2563a8; stroke-width: 2 } .dot { fill: #2563a8 }
@@ -18,11 +18,11 @@ text { fill: currentColor } .title { font-weight: 600; font-size: 16px } .small 
 .ring { fill: none; stroke: #2563a8; stroke-width: 2 } .line { stroke-width: 1.6 }
 .line0 { stroke: #4b5563; stroke-dasharray: 8 4 } .line1 { stroke: #c2410c; stroke-dasharray: 3 3 }
 .line2 { stroke: #15803d; stroke-dasharray: 10 3 2 3 } .text0 { fill: #4b5563 } .text1 { fill: #c2410c }
-.text2 { fill: #15803d }
+.text2 { fill: #15803d } .mark { paint-order: stroke; stroke: #fff; stroke-width: 4px }
 @media (prefers-color-scheme: dark) {
- svg { background: #16191d; color: #e6e8eb } .curve, .ring { stroke: #6ea8e6 } .dot, .band { fill: #6ea8e6 }
+ svg { color: #e6e8eb } .sheet { fill: #16191d } .curve, .ring { stroke: #6ea8e6 } .dot, .band { fill: #6ea8e6 }
  .line0 { stroke: #9ca3af } .line1 { stroke: #fb923c } .line2 { stroke: #4ade80 }
- .text0 { fill: #9ca3af } .text1 { fill: #fb923c } .text2 { fill: #4ade80 }
+ .mark { stroke: #16191d } .text0 { fill: #9ca3af } .text1 { fill: #fb923c } .text2 { fill: #4ade80 }
 }
 </style>"""
 
@@ -56,10 +56,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels that share their axis of x. caption: lines below."""
+    """Panels that share their axis of x. subtitle, caption: lines above and below."""
 
     title: str
-    subtitle: str
+    subtitle: tuple[str, ...]
     x_label: str
     panels: tuple[Panel, ...]
     caption: tuple[str, ...] = ()
@@ -96,18 +96,20 @@ def spread_out(wanted: Sequence[float], apart: float, low: float, high: float) -
 def svg(figure: Figure) -> str:
     """The figure as an SVG document."""
     heights = [_HEIGHTS[0] if index == 0 else _HEIGHTS[1] for index in range(len(figure.panels))]
-    total = _TOP + sum(heights) + _GAP * (len(heights) - 1) + _BOTTOM + _LINE * max(0, len(figure.caption) - 1)
+    lines = max(0, len(figure.caption) - 1) + max(0, len(figure.subtitle) - 1)
+    total = _TOP + sum(heights) + _GAP * (len(heights) - 1) + _BOTTOM + _LINE * lines
     size = f'viewBox="0 0 {_WIDTH} {total}" width="{_WIDTH}" height="{total}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         f"<title>{escape(figure.title)}</title>",
         _STYLE,
+        f'<rect class="sheet" width="{_WIDTH}" height="{total}"/>',
         f'<text class="title" x="{_LEFT}" y="28">{escape(figure.title)}</text>',
-        f'<text x="{_LEFT}" y="50">{escape(figure.subtitle)}</text>',
+        *(f'<text x="{_LEFT}" y="{48 + _LINE * i}">{escape(s)}</text>' for i, s in enumerate(figure.subtitle)),
     ]
-    top = float(_TOP)
+    top = _TOP + _LINE * max(0.0, len(figure.subtitle) - 1)
     xs = [x for panel in figure.panels for x in panel.x]
-    across = _axis(min(xs, default=0.0), max(xs, default=1.0))
+    across = min(xs, default=0.0), max(xs, default=1.0)
     for index, (panel, height) in enumerate(zip(figure.panels, heights, strict=True)):
         parts += _panel(panel, top, height, across, numbered=index == len(heights) - 1)
         top += height + _GAP
@@ -120,16 +122,13 @@ def svg(figure: Figure) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _axis(low: float, high: float) -> tuple[float, float]:
-    room = 0.03 * (high - low) or 0.05
-    return low - room, high + room
-
-
 class _Place:
     """From values to pixels."""
 
     def __init__(self, panel: Panel, top: float, height: float, across: tuple[float, float]) -> None:
-        self.top, self.floor, self.span, self._across = top, top + height, panel.span, across
+        self.top, self.floor, self.span = top, top + height, panel.span
+        room = 0.03 * (across[1] - across[0]) or 0.05
+        self._across = across[0] - room, across[1] + room
         self._log = panel.logarithmic
 
     def x(self, value: float) -> float:
@@ -178,6 +177,8 @@ def _curve(panel: Panel, at: _Place) -> list[str]:
         band = [b for b in zip(panel.x, panel.low, panel.high, strict=True) if all(map(math.isfinite, b))]
         edge = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
         parts.append(f'<polygon class="band" points="{_points(edge, at)}"/>')
+        if len(band) == 1:  # a band of one point has no area
+            parts.append(f'<polyline class="curve" points="{_points(edge, at)}"/>')
     parts.append(f'<polyline class="curve" points="{_points(points, at)}"/>')
     for x, y in points:
         words = f"{_number(x)}: {_number(y)}"
@@ -196,7 +197,7 @@ def _marks(panel: Panel, at: _Place) -> list[str]:
         anchor = "start" if x < _LEFT + 90 else "end" if x > right - 90 else "middle"
         parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="6.5"/>')
         place = y - 13 if above else y + 24
-        parts.append(f'<text x="{x:.1f}" y="{place:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
+        parts.append(f'<text class="mark" x="{x:.1f}" y="{place:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
     return parts
 
 

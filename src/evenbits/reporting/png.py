@@ -27,16 +27,19 @@ def png(figure: Figure, path: Path) -> None:
     heights = [1.8 if index == 0 else 1.0 for index in range(len(figure.panels))]
     canvas = matplotlib_figure()(figsize=(9.6, 2.1 + 1.75 * sum(heights)), layout="constrained")
     axes = canvas.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, panel in zip(axes, figure.panels, strict=True):
-        _draw(axis, panel)
+    for axis, panel, height in zip(axes, figure.panels, heights, strict=True):
+        _draw(axis, panel, 134 * height)
     axes[-1].set_xlabel(figure.x_label)
-    canvas.suptitle(f"{figure.title}\n", x=0.02, ha="left", fontsize=12, fontweight="bold")
-    canvas.text(0.02, 0.945, figure.subtitle, ha="left", va="center", fontsize=9.5)
+    lines = len(figure.subtitle)
+    canvas.suptitle(figure.title + "\n" * lines, x=0.02, ha="left", fontsize=12, fontweight="bold")
+    tall = 72 * canvas.get_figheight()
+    canvas.text(0.02, 1 - 25 / tall, "\n".join(figure.subtitle), ha="left", va="top", fontsize=9.5)
     canvas.supxlabel("\n".join(figure.caption), x=0.02, ha="left", fontsize=8, color="#4b5563")
     canvas.savefig(path, dpi=200, format="png")
 
 
-def _draw(axis: Any, panel: Panel) -> None:
+def _draw(axis: Any, panel: Panel, height: float) -> None:
+    """One panel of about that many points in height."""
     if panel.logarithmic:
         axis.set_yscale("log")
     axis.set_ylim(*panel.span)
@@ -47,23 +50,31 @@ def _draw(axis: Any, panel: Panel) -> None:
     axis.set_xticks(ticks(min(panel.x, default=0.0), max(panel.x, default=1.0), count=10))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    _lines(axis, panel)
+    _lines(axis, panel, height)
     if panel.low is not None and panel.high is not None:
         axis.fill_between(panel.x, panel.low, panel.high, color=_CURVE, alpha=0.16, linewidth=0)
+        if len(panel.x) == 1:  # a band of one point has no area
+            axis.vlines(panel.x, panel.low, panel.high, color=_CURVE, linewidth=1.5)
     axis.plot(panel.x, panel.y, color=_CURVE, marker="o", markersize=4)
+    _marks(axis, panel)
+
+
+def _marks(axis: Any, panel: Panel) -> None:
+    from matplotlib.patheffects import withStroke
+
     left, right = axis.get_xlim()
     for x, y, words, above in panel.marks:
         axis.plot([x], [y], "o", markersize=10, markerfacecolor="none", markeredgecolor=_CURVE, markeredgewidth=1.5)
         share = (x - left) / (right - left)
         side = "left" if share < 0.15 else "right" if share > 0.85 else "center"
         where = {"xytext": (0, 10 if above else -10), "textcoords": "offset points"}
-        axis.annotate(words, (x, y), ha=side, va="bottom" if above else "top", fontsize=9, **where)
+        halo = [withStroke(linewidth=3, foreground="white")]
+        axis.annotate(words, (x, y), ha=side, va="bottom" if above else "top", fontsize=9, path_effects=halo, **where)
 
 
-def _lines(axis: Any, panel: Panel) -> None:
-    height = 200.0  # a rough panel in points, for keeping words apart
+def _lines(axis: Any, panel: Panel, height: float) -> None:
     share = [float(axis.transAxes.inverted().transform(axis.transData.transform((0, v)))[1]) for _, v in panel.lines]
-    places = spread_out([s * height for s in share], 14, 0, height)
+    places = spread_out([s * height for s in share], 13, 0, height)
     for index, ((words, value), place) in enumerate(zip(panel.lines, places, strict=True)):
         colour = _COLOURS[index % 3]
         axis.axhline(value, color=colour, linestyle=_DASHES[index % 3], linewidth=1.3)

@@ -46,15 +46,22 @@ def sweep_figure(sweep: Sweep) -> Figure:
     factor, unit = (100.0, " %") if share else (1.0, "")
     points = " percentage points" if share else ""
     sampled = f"n = {sweep.n:,} {'inputs' if share else 'documents'}"
+    known = all(row.interval is not None for row in sweep.curve)
+    upper = f"Band above: 95 % interval of each score, {sampled}." if known else f"No intervals: {sampled}."
+    lower = " Band below: ± 2 paired standard errors." if known else ""
     caption = (
-        f"Band above: 95 % interval of each score, {sampled}. Band below: ± 2 paired standard errors.",
+        upper + lower,
         f"All scores are of the same samples, so the lower panel tells two α apart better. Key {sweep.key[:12]}.",
     )
     label = "accuracy, % of inputs" if share else f"{sweep.metric} (lower is better)"
-    panels = (_scores(sweep, label, factor, unit), _differences(sweep, factor, f"minus no smoothing{_comma(points)}"))
-    title = f"{_short(sweep.model)}: {sweep.metric} over α, {sweep.method}, {_scheme(sweep)}"
-    return Figure(title, verdict(sweep), "migration strength α (0: all in the activations, 1: all in the weights)",
-                  panels, caption)  # fmt: skip
+    panels = (
+        _scores(sweep, label, factor, unit),
+        _differences(sweep, factor, f"{sweep.metric} minus that without smoothing{_comma(points)}"),
+    )
+    title = f"{_short(sweep.model)}: {sweep.metric} over α"
+    subtitle = (f"{sweep.method}, {_scheme(sweep)}", verdict(sweep))
+    x_label = "migration strength α (0: all in the activations, 1: all in the weights)"
+    return Figure(title, subtitle, x_label, panels, caption)
 
 
 def _comma(words: str) -> str:
