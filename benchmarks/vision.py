@@ -41,16 +41,11 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _README = {"mobilenet_v2": 0.862, "resnet20": 0.8103, "resnet56": 0.832}  # as the data's notes give them
 
 
-class SameConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's SAME padding: what is odd of it goes right and below."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        size, stride, length = self.kernel_size[0], self.stride[0], input.shape[-1]
-        missing = max((-(-length // stride) - 1) * stride + size - length, 0)
-        if missing:
-            before, after = missing // 2, missing - missing // 2
-            input = F.pad(input, (before, after, before, after))
-        return super().forward(input)
+def _conv(channels: int, out: int, size: int = 1, stride: int = 1, groups: int = 1) -> nn.Module:
+    """A convolution with TensorFlow's SAME padding, for even lengths: with stride 2 one pixel, right and below."""
+    if stride == 1:
+        return nn.Conv2d(channels, out, size, padding=size // 2, groups=groups)
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, out, size, stride, groups=groups))
 
 
 class Bottleneck(nn.Module):
@@ -73,18 +68,18 @@ class MobileNetV2(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = SameConv2d(3, 32, 3, 2)
+        self.stem = _conv(3, 32, 3, 2)
         self.stages, channels = nn.ModuleList(), 32
         for expansion, out, count, first_stride in _STAGES:
             stage = nn.Sequential()
             for index in range(count):
                 stride, inner = first_stride if index == 0 else 1, channels * expansion
-                layers: list[nn.Module] = [] if expansion == 1 else [SameConv2d(channels, inner, 1)]
-                layers += [SameConv2d(inner, inner, 3, stride, groups=inner), SameConv2d(inner, out, 1)]
+                layers: list[nn.Module] = [] if expansion == 1 else [_conv(channels, inner)]
+                layers += [_conv(inner, inner, 3, stride, groups=inner), _conv(inner, out)]
                 stage.append(Bottleneck(layers, residual=stride == 1 and channels == out))
                 channels = out
             self.stages.append(stage)
-        self.head, self.classifier = SameConv2d(channels, 1280, 1), SameConv2d(1280, 1001, 1)
+        self.head, self.classifier = _conv(channels, 1280), _conv(1280, 1001)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu6(self.stem(2 * x - 1))
@@ -93,9 +88,9 @@ class MobileNetV2(nn.Module):
         x = F.relu6(self.head(x)).mean((2, 3), keepdim=True)
         return self.classifier(x).flatten(1)[:, 1:]  # class 0 is background
 
-    def convolutions(self) -> list[SameConv2d]:
+    def convolutions(self) -> list[nn.Conv2d]:
         """In the order of the forward, which is the order of the stored weights."""
-        return [module for module in self.modules() if isinstance(module, SameConv2d)]
+        return [module for module in self.modules() if isinstance(module, nn.Conv2d)]
 
 
 class Block(nn.Module):
