@@ -241,9 +241,13 @@ def test_what_is_no_range_of_alpha(text: Any, words: str) -> None:
         parse_alphas(text)
 
 
+SEARCHED = {"weights": "int8:row", "input_activations": "int8:tensor:mse", "dynamic": False}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [({"method": "rtn"}, "alpha"), ({"method": "nothing"}, "unknown method"), ({"banana": 1}, "banana"),
+     ({"criterion": "best"}, "unknown criterion"), ({"scheme": SEARCHED}, "auto=False"),
      ({"scheme": "W9"}, "unknown scheme"), ({"task": "guessing"}, "unknown evaluation task"), ({"jobs": 0}, "jobs=0"),
      ({"data": "missing.npz"}, "missing.npz"), ({"calibration": "text"}, "tokenizer"), ({"data": []}, "nothing")],
 )  # fmt: skip
@@ -364,7 +368,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     state = State(tmp_path, {"a": "b"})
     monkeypatch.setattr("evenbits.pipeline.sweep_state.os.fsync", full)
-    with pytest.raises(EvenbitsError, match="cannot be written.*No space"):
+    with pytest.raises(EvenbitsError, match=r"cannot be written.*No space"):
         workers.write_point(tmp_path, state.digest, make_points([0.5], "smoothquant", {}, auto=False)[0], {})
     assert points(tmp_path) == set() and not list(tmp_path.glob(".*"))
 

@@ -43,7 +43,7 @@ def test_a_logarithmic_axis_has_equal_factors_apart() -> None:
     root = ET.fromstring(svg(figure(Panel("l", X, (1.0, 10.0, 100.0), None, None, logarithmic=True))))
     (_, y1), (_, y2), (_, y3) = dots(root)[:3]
     assert y1 - y2 == pytest.approx(y2 - y3, abs=0.3)
-    assert not [p for p in root.iter(f"{NS}polygon")]
+    assert not list(root.iter(f"{NS}polygon"))
 
 
 @pytest.mark.parametrize("words", ["<b>", "a & b", "α → β", "]]>"])
@@ -55,7 +55,8 @@ def test_words_are_escaped(words: str) -> None:
 
 @pytest.mark.parametrize(
     "panel",
-    [Panel("l", (0.5,), (1.0,), (0.9,), (1.1,)), Panel("l", (), (), None, None), Panel("l", X, (math.nan,) * 3, None, None),
+    [Panel("l", (0.5,), (1.0,), (0.9,), (1.1,)), Panel("l", (), (), None, None),
+     Panel("l", X, (math.nan,) * 3, None, None),
      Panel("l", X, (0.0, 0.0, 0.0), None, None, (("a", 0.0), ("b", 0.0), ("c", 0.0))),
      Panel("l", X, (1.0, math.nan, 3.0), None, None)],
 )  # fmt: skip

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from evenbits import algorithms
-from evenbits.algorithms.alpha import AlphaGrid
-from evenbits.errors import EvenbitsError
+from evenbits.algorithms.alpha import CRITERIA, AlphaGrid
+from evenbits.errors import EvenbitsError, unknown_name
 from evenbits.pipeline.methods import Methods
 
 _MOST = 1000
@@ -78,6 +78,8 @@ def make_points(alphas: Sequence[float], method: str, options: Mapping[str, Any]
     """
     if "alpha" in options:
         raise EvenbitsError("the option alpha is what a sweep varies; give the values as alpha=…")
+    if options.get("criterion", CRITERIA[0]) not in CRITERIA:
+        raise unknown_name("criterion", str(options["criterion"]), CRITERIA)
     plain = {name: value for name, value in options.items() if name not in _SEARCH_ONLY}
     Methods.parse(method, {**options, "alpha": 0.5})
     unsmoothed = "+".join(part for part in method.split("+") if algorithms.get(part).kind == "weight") or "rtn"
