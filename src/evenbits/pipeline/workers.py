@@ -25,6 +25,7 @@ from evenbits.pipeline.bench import Bench, Experiment
 from evenbits.pipeline.points import Point
 from evenbits.pipeline.sweep_state import State, key_digest, write_point
 
+_PATIENCE = 20.0  # seconds for a process to end by itself: one operation of torch cannot be interrupted
 Told = Callable[[Point, str | None], None]  # a point is finished, or the reason why it failed
 
 
@@ -109,14 +110,20 @@ class _Worker:
             return f"its process ended with exit code {self.process.exitcode} (−9: killed, perhaps for memory)", False
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.join()
+        """Ends the process: by itself if it waits for a point, else in the middle of one."""
         self.link.close()
+        if self.point is not None:
+            self.process.terminate()
+        self.process.join(_PATIENCE)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
 
 
 def _serve(experiment: Experiment, key: dict[str, str], folder: Path, threads: int, link: Connection) -> None:
     """The life of a process: opens the bench, then answers each point with None or the reason of its failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends this process
+    signal.signal(signal.SIGTERM, _leave)
     torch.set_num_threads(threads)
     bench: Bench | None = None
     while True:
@@ -133,6 +140,10 @@ def _serve(experiment: Experiment, key: dict[str, str], folder: Path, threads: i
             link.send(failure)
         except OSError:
             return
+
+
+def _leave(_: int, __: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _same_bench(experiment: Experiment, key: Mapping[str, str]) -> Bench:
