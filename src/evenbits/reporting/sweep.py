@@ -141,6 +141,8 @@ def verdict(sweep: Sweep) -> str:
         return "One α only: nothing to tell apart."
     factor, unit = (100.0, " points") if sweep.metric == "accuracy" else (1.0, "")
     found = spread.comparison
+    if not math.isfinite(found.difference):
+        return f"Best α {spread.best}; at the worst, {spread.worst}, the {sweep.metric} is infinite."
     if found.standard_error is None:
         return (
             f"Best α {spread.best}, worst {spread.worst}, {_signed(found.difference * factor)}{unit}; no error known."
