@@ -18,9 +18,9 @@ import evenbits
 
 NAMES = [
     "ALGORITHMS", "EvenbitsError", "Format", "QTensor", "Result", "Scheme", "__version__", "encode", "evaluate",
-    "load", "quantize", "save",
+    "load", "quantize", "save", "sweep",
 ]  # fmt: skip
-FUNCTIONS = ["encode", "evaluate", "load", "quantize", "save"]
+FUNCTIONS = ["encode", "evaluate", "load", "quantize", "save", "sweep"]
 
 
 def test_the_names_are_these() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evenbits.numerics.qtensor import QTensor
     from evenbits.pipeline.quantize import quantize
     from evenbits.pipeline.result import Result
+    from evenbits.pipeline.sweep import sweep
     from evenbits.schemes.scheme import Scheme
 
 _LAZY = {
@@ -34,6 +35,7 @@ _LAZY = {
     "load": "evenbits.checkpoints.native",
     "quantize": "evenbits.pipeline.quantize",
     "save": "evenbits.checkpoints.native",
+    "sweep": "evenbits.pipeline.sweep",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "load",
     "quantize",
     "save",
+    "sweep",
 ]
 
 

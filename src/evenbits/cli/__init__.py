@@ -14,7 +14,9 @@ from evenbits.cli.advise import advise
 from evenbits.cli.demo import demo
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
+from evenbits.cli.output import Interrupted
 from evenbits.cli.quantize import quantize
+from evenbits.cli.sweep import sweep
 from evenbits.cli.table import table
 from evenbits.errors import EvenbitsError
 
@@ -32,6 +34,7 @@ app.command()(advise)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(table)
+app.command()(sweep)
 app.command()(demo)
 
 
@@ -55,6 +58,9 @@ def main() -> None:
     except EvenbitsError as error:
         print(f"evenbits: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+    except Interrupted as end:
+        print(f"evenbits: interrupted; {end}", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:  # which typer makes of Ctrl-C, without a word
             raise

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 
+class Interrupted(SystemExit):
+    """Ctrl-C in a command that has kept something, with the words that say what; main() prints them."""
+
+
 @contextlib.contextmanager
 def working() -> Iterator[None]:
     """Sends prints inside the block to standard error."""
