@@ -11,6 +11,7 @@ import typer
 
 from evenbits import __version__
 from evenbits.cli.demo import demo
+from evenbits.cli.diagnose import diagnose
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
 from evenbits.cli.quantize import quantize
@@ -30,6 +31,7 @@ app.command()(quantize)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(table)
+app.command()(diagnose)
 app.command()(demo)
 
 
