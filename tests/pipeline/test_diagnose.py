@@ -126,11 +126,15 @@ def test_errors_with_smoothing_are_in_the_float_models_units() -> None:
 
 
 def test_a_repaired_order_is_put_back_before_it_is_compared() -> None:
-    model, data = Mlp().eval(), rows()
+    class Hot(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+    model, data = Hot().eval(), rows()
     with torch.no_grad():
-        model.up.weight[:2] *= 40  # two outlier channels side by side
-    found = diagnose(model, scheme="W4A4_OVP", method="repair+olive", data=data)
-    assert "folded" in {row.status for row in found.regions}
+        model.up.weight[[10, 11, 20, 21]] *= 40  # outlier channels side by side in the input of `down`
+    found = diagnose(model, scheme="W4A8_OVP", method="repair+olive", data=data)
+    assert {row.name: row.status for row in found.regions}["down"] == "folded"
     for row in found.errors.rows:
         assert row.isolated_l1 is not None and row.isolated_l1 < 0.5  # channels in another order would give about 1.4
         assert row.cumulative_l1 is not None and row.cumulative_l1 < 0.5

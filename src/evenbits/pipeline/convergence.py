@@ -201,9 +201,7 @@ class _Pass:
                 bar.update()
                 if walked == self._count:
                     return
-        raise EvenbitsError(
-            f"the calibration data has {walked} samples and sizes go to {self._count}; give smaller sizes."
-        )
+        raise too_few(walked, self._count)
 
     def at(self, order: int, size: int) -> Watched:
         """What a calibration on the first `size` samples of an order would have seen."""
