@@ -22,7 +22,7 @@ from vision import cifar10
 
 from evenbits.data.text import Documents, read_text
 
-CALIBRATION, BATCH, STORIES = 1500, 10, 60
+CALIBRATION, BATCH, STORIES = 1500, 10, 20
 
 
 def _mixed(split: str, every: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,5 +43,5 @@ def scored() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def stories() -> Documents:
-    """The last 60 stories of the text; 1500 blocks of 64 tokens end before them."""
+    """The last 20 stories of the text; 1500 blocks of 64 tokens end before them."""
     return Documents(read_text(Path(os.environ["EVENBITS_TEST_DATA"]) / "caltext" / "tiny.utf8").texts[-STORIES:], None)

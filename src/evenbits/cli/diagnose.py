@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     pass
 
 
+_Samples = Annotated[
+    int | None, typer.Option(help="Calibration blocks or rows. Default: 128, or the largest size.", min=1)
+]
+_Ignore = Annotated[
+    list[str] | None, typer.Option(help="A layer to keep in float: name, last part or glob. Repeatable.")
+]
+_Layer = Annotated[
+    list[str] | None, typer.Option(help="A layer to draw. Repeatable. Default: the three of the largest L1 loss.")
+]
+_Sizes = Annotated[str | None, typer.Option(help="Numbers of calibration samples to compare, such as 25,50,100,200.")]
+
+
 def diagnose(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or FILE.py:factory.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures and diagnosis.json.")],
@@ -24,23 +36,15 @@ def diagnose(
     sequential: Annotated[bool, typer.Option("--sequential", help="Of --alpha auto, as in quantize.")] = False,
     policy: Annotated[str | None, typer.Option(help="Of outlier-victim pairs, as in quantize.")] = None,
     calibration: Annotated[str | None, typer.Option(help="As in quantize. Default: a small built-in text.")] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration blocks or rows. Default: 128, or the largest size.", min=1)
-    ] = None,
+    samples: _Samples = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per block of calibration text.", min=2)] = 128,
     batch_size: Annotated[int, typer.Option(help="Calibration batch size.", min=1)] = 8,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="A layer to keep in float: name, last part or glob. Repeatable.")
-    ] = None,
+    ignore: _Ignore = None,
     dtype: Annotated[str, typer.Option(help="Type of what stays float: float32, float16, bfloat16.")] = "float32",
-    layer: Annotated[
-        list[str] | None, typer.Option(help="A layer to draw. Repeatable. Default: the three of the largest L1 loss.")
-    ] = None,
+    layer: _Layer = None,
     task: Annotated[str | None, typer.Option(help="perplexity or classification: score float and quantized.")] = None,
     data: Annotated[str | None, typer.Option(help="What to score on, as in evaluate.")] = None,
-    sizes: Annotated[
-        str | None, typer.Option(help="Numbers of calibration samples to compare, such as 25,50,100,200.")
-    ] = None,
+    sizes: _Sizes = None,
     orders: Annotated[int, typer.Option(help="Of --sizes: random orders of the samples.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of --sizes: seed of the first order.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,

@@ -91,7 +91,9 @@ def _accuracy_lines(found: Accuracy) -> list[str]:
     if found.smoothing is not None:
         word = "more than luck" if found.smoothing.beyond_luck else "no more than luck"
         p = "" if found.smoothing.p is None else f" (p = {found.smoothing.p:.3g})"
-        lines.append(f"Smoothed against unsmoothed: {found.smoothing.value:+.4f}{p}: {word}.")
+        lines.append(
+            f"{found.rows[2].name.capitalize()} against {found.rows[1].name}: {found.smoothing.value:+.4f}{p}: {word}."
+        )
     return lines
 
 

@@ -130,15 +130,9 @@ def _measured(
     rows = {row.name: row for row in ranges}
     first = next(samples_of(batches.kept))
     looks = layer_looks(
-        model,
-        prepared,
-        watched.ranges,
-        [rows[name] for name in wanted],
-        runs(),
-        lambda: batches.run(first),
-        total=total,
-        progress=progress,
-    )
+        model, prepared, watched.ranges, [rows[name] for name in wanted], runs(), lambda: batches.run(first),
+        total=total, progress=progress,
+    )  # fmt: skip
     scored = None if score is None else accuracy(model, prepared, score)
     settling = None
     if sizes:

@@ -76,14 +76,14 @@ def accuracy(model: nn.Module, prepared: Prepared, score: Score) -> Accuracy:
     """
     baseline = score(model)
     found = {"float": baseline}
-    smoothed = "quantized"
     layouts, methods = prepared.balanced.layouts, prepared.methods
+    without, final = "", "quantized"
     if methods.balance is not None:
+        without, final = ("not re-paired", "re-paired") if methods.balance.permutes else ("unsmoothed", "smoothed")
         plain = Balanced(layouts=layouts)
         solved = solve(model, prepared.chosen, prepared.scheme, methods, plain, prepared.watched, progress=False)
-        found["unsmoothed"] = deployed_score(model, replace(prepared, balanced=plain, solved=solved), score)
-        smoothed = "smoothed" if not methods.balance.permutes else "re-paired"
-    found[smoothed] = deployed_score(model, prepared, score)
+        found[without] = deployed_score(model, replace(prepared, balanced=plain, solved=solved), score)
+    found[final] = deployed_score(model, prepared, score)
     metric = next(iter(baseline.metrics))
     rows = tuple(
         Scored(
@@ -94,7 +94,7 @@ def accuracy(model: nn.Module, prepared: Prepared, score: Score) -> Accuracy:
         )
         for name, evaluation in found.items()
     )
-    gain = difference(found["unsmoothed"], found[smoothed]) if "unsmoothed" in found else None
+    gain = difference(found[without], found[final]) if without else None
     return Accuracy(baseline.task, metric, baseline.n, rows, gain)
 
 

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from evenbits.pipeline.convergence import SETTLED, STATISTICS, Convergence
-from evenbits.reporting.pictures import AFTER, BEFORE, MUTED, figure, shown
+from evenbits.reporting.pictures import AFTER, BEFORE, MUTED, figure, plain_log, shown
 
 _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7c3aed")
 
@@ -14,19 +14,20 @@ _COLOURS = ("#2563a8", "#c2410c", "#15803d", "#7c3aed")
 def convergence_picture(found: Convergence, title: str) -> Any:
     """One panel for each statistic (change against the largest size), one for the change per doubling, one for the
     metric."""
-    from matplotlib.ticker import NullFormatter
-
     made = figure(11.5, 6.4)
     panels = made.subplots(2, 3).flatten()
     made.suptitle(shown(title, 130), x=0.01, ha="left", fontsize=10, fontweight="bold")
+    for axes in panels[:5]:
+        axes.set_yscale("log")
     for axes, statistic in zip(panels, STATISTICS, strict=False):
         _against_largest(axes, found, statistic)
     _per_doubling(panels[4], found)
     _metric(panels[5], found)
+    low = min((axes.get_ylim()[0] for axes in panels[:5]), default=0.001)
+    high = max((axes.get_ylim()[1] for axes in panels[:5]), default=1.0)
     for axes in panels[:5]:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low, high)  # one scale, so that the statistics can be compared
+        plain_log(axes.yaxis, percent=True)
     for axes in panels:
         axes.set_xscale("log", base=2)
         axes.set_xticks(found.sizes, [str(size) for size in found.sizes], rotation=45)

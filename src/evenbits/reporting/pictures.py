@@ -61,12 +61,12 @@ def figure(width: float, height: float) -> Any:
     return made
 
 
-def plain_log(axis: Any) -> None:
+def plain_log(axis: Any, *, percent: bool = False) -> None:
     """Labels 1, 2 and 5 of every decade of a logarithmic axis, as numbers: formulas are switched off."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_major_formatter(lambda value, _: f"{100 * value:g} %" if percent else f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -160,7 +160,7 @@ def step_of(grid: Sequence[float]) -> float | None:
 
 def surface_picture(look: LayerLook) -> Any:
     """|x| of one sample over tokens (pixels of a convolution) and channels."""
-    made, sides = _headed(look, 10.5, 4.2, "|input| of one sample"), _sides(look)
+    made, sides = _headed(look, 10.5, 4.0, "|input| of one sample"), _sides(look)
     rows = "pixel" if look.kind.startswith("Conv") and look.kind != "Conv1D" else "token"
     for index, (heading, _, side) in enumerate(sides):
         if not side.surface:
@@ -193,7 +193,7 @@ def _surface(axes: Any, surface: Sequence[Sequence[float]], tokens: int, channel
     axes.plot_surface(x, y, z, facecolors=colours, rcount=z.shape[0], ccount=z.shape[1], shade=False, rasterized=True)
     axes.view_init(elev=32, azim=-58)
     axes.set_zlim(0, float(z.max()) or 1.0)
-    axes.set_box_aspect((1.6, 1.1, 0.9), zoom=0.95)
+    axes.set_box_aspect((1.6, 1.1, 0.9), zoom=1.0)
 
 
 def histogram_picture(look: LayerLook) -> Any:
