@@ -18,6 +18,7 @@ from evenbits.graph.folding import Fold
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import QConv2d
 from evenbits.nn.linear import QLinear
+from evenbits.pipeline import prepare as prepare_module
 from evenbits.pipeline import quantize as quantize_module
 from evenbits.pipeline import solve as solve_module
 from evenbits.pipeline import swap as swap_module
@@ -171,7 +172,7 @@ def test_smoothing_with_rounding_switched_off_changes_nothing(kind: str, monkeyp
         decided.append(balance(*args, **kwargs))
         return decided[0]
 
-    monkeypatch.setattr(quantize_module, "balance", noted)
+    monkeypatch.setattr(prepare_module, "balance", noted)
     model = (Net() if kind == "transformer" else ConvNet()).double().eval()
     x = [torch.randn(2, 3, 8, 8) if kind == "convolutions" else batch for batch in batches()]
     x = [batch.double() for batch in x]

@@ -24,6 +24,7 @@ from evenbits.nn.experts import UnfusedExperts
 from evenbits.nn.layout import layout_of
 from evenbits.nn.linear import QLinear
 from evenbits.nn.unfuse import fused_modules, unfuse, unfused_form
+from evenbits.pipeline import prepare as prepare_module
 from evenbits.pipeline import quantize as quantize_module
 from evenbits.pipeline import unfuse as unfuse_module
 from evenbits.pipeline.result import Result
@@ -399,7 +400,8 @@ def test_an_error_anywhere_leaves_the_model_as_it_was(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(quantize_module, where, fail)
+    module = quantize_module if where in ("swap", "_result") else prepare_module
+    monkeypatch.setattr(module, where, fail)
     with pytest.raises(RuntimeError, match="injected"):
         evenbits.quantize(model, data=x())
     before.check()

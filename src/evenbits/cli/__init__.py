@@ -12,6 +12,7 @@ import typer
 from evenbits import __version__
 from evenbits.cli.advise import advise
 from evenbits.cli.demo import demo
+from evenbits.cli.diagnose import diagnose
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
 from evenbits.cli.output import Interrupted
@@ -35,6 +36,7 @@ app.command()(evaluate)
 app.command()(inspect)
 app.command()(table)
 app.command()(sweep)
+app.command()(diagnose)
 app.command()(demo)
 
 

@@ -51,6 +51,11 @@ class ChannelRange:
         self._lo = lo if self._lo is None else torch.minimum(self._lo, lo)
         self._hi = hi if self._hi is None else torch.maximum(self._hi, hi)
 
+    def merge(self, other: ChannelRange) -> None:
+        """Adds what another one saw. Raises EvenbitsError for another number of channels."""
+        if other._hi is not None and other._lo is not None:
+            self.update(torch.stack([other._lo, other._hi]))
+
     @staticmethod
     def _require(value: torch.Tensor | None) -> torch.Tensor:
         if value is None:

@@ -37,3 +37,9 @@ class SecondMoment:
         squares = x_MC.double().square().sum(dim=0)
         self._sum = squares if self._sum is None else self._sum + squares
         self._count += len(x_MC)
+
+    def merge(self, other: SecondMoment) -> None:
+        """Adds what another one saw."""
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
+            self._count += other._count

@@ -39,7 +39,7 @@ from evenbits.pipeline.candidates import candidates_for, fit
 from evenbits.pipeline.measure import Probe, encode_layer, measure
 from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan, plan_layers
-from evenbits.pipeline.quantize import refuse_quantized
+from evenbits.pipeline.prepare import refuse_quantized
 from evenbits.pipeline.solve import single_stats
 from evenbits.pipeline.verdict import choose, gap_db, why
 from evenbits.pipeline.watch import Watched, watch

@@ -25,8 +25,11 @@ _ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @contextmanager
-def folded_norms(model: nn.Module, scheme: Scheme, batches: Batches | None) -> Iterator[tuple[str, ...]]:
-    """Inside the block, and afterwards, norms of `model` are folded where that is proved. Yields what to know about it.
+def folded_norms(
+    model: nn.Module, scheme: Scheme, batches: Batches | None, *, keep: bool = True
+) -> Iterator[tuple[str, ...]]:
+    """Inside the block norms of `model` are folded where that is proved; with `keep` afterwards, too. Yields what to
+    know about it.
 
     The model must be in evaluation mode. Without batches nothing is folded. On an error all is taken back.
     """
@@ -48,3 +51,5 @@ def folded_norms(model: nn.Module, scheme: Scheme, batches: Batches | None) -> I
     except BaseException:
         undo()
         raise
+    if not keep:
+        undo()

@@ -1,13 +1,15 @@
 """`quantize`: one call from a float model to integer layers, in place.
 
-    unfuse      attention and experts that keep several layers in one parameter, taken apart  (unfuse.py)
-    plan        which layers, and why not the others                      (plan.py)
-    watch       trace one forward, prove folds, collect channel ranges    (graph/, observers/)
-    balance     one s per region                                          (balance.py)
-    solve       weights to codes, activations to quantizers               (solve.py)
-    swap        fold and replace                                          (swap.py)
+    prepare (prepare.py)
+      unfuse    attention and experts that keep several layers in one parameter, taken apart  (unfuse.py)
+      norms     BatchNorm folded into the layer before it                                     (norms.py)
+      plan      which layers, and why not the others                                          (plan.py)
+      watch     trace one forward, prove folds, collect channel ranges                        (graph/, observers/)
+      balance   one s per region                                                              (balance.py)
+      solve     weights to codes, activations to quantizers                                   (solve.py)
+    swap        fold and replace                                                              (swap.py)
 
-Only the first and the last step touch the model, and both take themselves back if anything fails: on any error the
+Only the first two steps and the swap touch the model, and all take themselves back if anything fails: on any error the
 model is bit for bit what it was.
 """
 
@@ -22,24 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from evenbits.errors import EvenbitsError
 from evenbits.evaluation.memory import model_bytes, peak_bytes
-from evenbits.evaluation.running import evaluation_mode
 from evenbits.kernels import dispatch
-from evenbits.nn.base import QuantizedLayer, check_formats
-from evenbits.numerics.search import SearchCost, counting_cost
-from evenbits.pipeline.balance import balance
-from evenbits.pipeline.balanced import Balanced
-from evenbits.pipeline.batches import Batches
-from evenbits.pipeline.methods import Methods, default_method
-from evenbits.pipeline.norms import folded_norms
-from evenbits.pipeline.plan import LayerPlan, plan_layers
+from evenbits.nn.base import QuantizedLayer
+from evenbits.pipeline.plan import LayerPlan
+from evenbits.pipeline.prepare import Prepared, preparing
 from evenbits.pipeline.result import LayerRow, Result
-from evenbits.pipeline.solve import Solved, solve
+from evenbits.pipeline.solve import Solved
 from evenbits.pipeline.swap import swap
-from evenbits.pipeline.unfuse import unfused
-from evenbits.pipeline.watch import Watched, watch
-from evenbits.schemes.scheme import Scheme, resolve
+from evenbits.schemes.scheme import Scheme
 
 
 def quantize(
@@ -66,69 +59,19 @@ def quantize(
     smoothed.
     """
     start = time.perf_counter()
-    scheme = resolve(scheme)
-    for formats in scheme.formats:
-        check_formats(formats.weights, formats.input_activations)
-    method = default_method(scheme) if method is None else method
-    methods = Methods.parse(method, options)
-    refuse_quantized(model, "quantize")
-    static = any(formats.static for formats in scheme.formats)
-    if data is None and (static or methods.balance is not None):
-        what = "static activations need" if static else f"method {method!r} needs"
-        raise EvenbitsError(f"{what} calibration data; pass data=[batch, …].")
-    batches = None if data is None else Batches(model, data, progress=progress)
+    given: dict[str, Any] = {"scheme": scheme, "method": method, "data": data, "progress": progress, "options": options}
     with (
-        unfused(model, scheme, batches) as parts,
-        evaluation_mode(model),
-        folded_norms(model, scheme, batches) as norms,
+        preparing(model, "quantize", keep=True, **given) as prepared,
+        swap(model, prepared.modules, prepared.balanced.folds),
     ):
-        plans = parts.explained(plan_layers(model, scheme))
-        plans, watched = watch(model, plans, batches, scheme, methods)
-        chosen = [plan for plan in plans if not plan.reason]
-        if not chosen:
-            raise EvenbitsError(_nothing_to_do(plans))
-        balanced = (
-            balance(model, chosen, watched, scheme, methods, progress=progress) if watched is not None else Balanced()
-        )
-        with counting_cost() as cost:
-            solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
-        with swap(model, {name: layer.module for name, layer in solved.items()}, balanced.folds):
-            if batches is not None:
-                batches.check_quantized()
-            plans = parts.settle(model, plans)
-            found = _result(model, scheme, methods, plans, balanced, solved, watched, cost)
-            found = replace(found, notes=(*parts.notes(model), *norms, *found.notes))
-            return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
+        if prepared.batches is not None:
+            prepared.batches.check_quantized()
+        found = _result(model, prepared, prepared.parts.settle(model, prepared.plans))
+        return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
 
 
-def refuse_quantized(model: nn.Module, caller: str) -> None:
-    """Raises EvenbitsError if what `caller` was given is no module or holds quantized layers."""
-    if not isinstance(model, nn.Module):
-        raise EvenbitsError(f"{caller} takes a torch.nn.Module; given {type(model).__name__}.")
-    already = [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
-    if already:
-        raise EvenbitsError(
-            f"the model is quantized already ({len(already)} layers, such as {already[0]}); load the float one."
-        )
-
-
-def _nothing_to_do(plans: list[LayerPlan]) -> str:
-    if not plans:
-        return "the model has no layer that can be quantized (linear layers and convolutions)."
-    listed = "; ".join(f"{plan.name or 'the model'}: {plan.reason}" for plan in plans[:5])
-    return f"no layer would be quantized. {listed}{'; …' if len(plans) > 5 else ''}."
-
-
-def _result(
-    model: nn.Module,
-    scheme: Scheme,
-    methods: Methods,
-    plans: list[LayerPlan],
-    balanced: Balanced,
-    solved: Mapping[str, Solved],
-    watched: Watched | None,
-    cost: SearchCost,
-) -> Result:
+def _result(model: nn.Module, prepared: Prepared, plans: list[LayerPlan]) -> Result:
+    scheme, methods, balanced, solved = prepared.scheme, prepared.methods, prepared.balanced, prepared.solved
     rows = tuple(_row(plan, solved.get(plan.name), model) for plan in plans)
     layers = [layer.module for layer in solved.values()]
     return Result(
@@ -143,9 +86,9 @@ def _result(
         seconds=0.0,
         peak_bytes=0,
         backend=_backend(layers),
-        search=cost,
-        calibration_batches=0 if watched is None else watched.batches,
-        notes=balanced.notes,
+        search=prepared.cost,
+        calibration_batches=0 if prepared.watched is None else prepared.watched.batches,
+        notes=(*prepared.parts.notes(model), *prepared.norms, *balanced.notes),
     )
 
 

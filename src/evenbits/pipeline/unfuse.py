@@ -93,11 +93,11 @@ def _relined(plans: list[LayerPlan], name: str, original: nn.Module, reason: str
 
 
 @contextmanager
-def unfused(model: nn.Module, scheme: Scheme, batches: Batches | None) -> Iterator[Unfusing]:
+def unfused(model: nn.Module, scheme: Scheme, batches: Batches | None, *, keep: bool = True) -> Iterator[Unfusing]:
     """Inside the block fused modules of `model` are linear layers, where that is proved and the scheme wants it.
 
-    They stay so afterwards. On an error the originals are put back. Raises EvenbitsError for parameters that are not
-    finite.
+    With `keep` they stay so afterwards. On an error the originals are put back. Raises EvenbitsError for parameters
+    that are not finite.
     """
     found = fused_modules(model)
     if not found:
@@ -118,6 +118,9 @@ def unfused(model: nn.Module, scheme: Scheme, batches: Batches | None) -> Iterat
     except BaseException:
         restore()
         raise
+    if not keep:
+        restore()
+        return
     for name in done.kinds:
         own_memory(model.get_submodule(name))
 
