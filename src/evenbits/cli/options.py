@@ -11,7 +11,8 @@ Scheme = Annotated[
     str, typer.Option(help="A preset (W8A8, W8A8_STATIC, W4A16_OVP, W4A8_OVP, W4A4_OVP, …) or a YAML file.")
 ]
 Method = Annotated[
-    str | None, typer.Option(help="smoothquant, olive, ant, rtn, or smoothquant+olive. Default: by the scheme.")
+    str | None,
+    typer.Option(help="smoothquant, olive, ant, rtn, by_format, or smoothquant+olive. Default: by the scheme."),
 ]
 Alpha = Annotated[
     str | None,
