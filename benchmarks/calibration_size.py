@@ -1,10 +1,10 @@
 """Data for docs/calibration-size.md: training pictures to calibrate on, test pictures and stories to score.
 
-    evenbits diagnose benchmarks/vision.py:resnet20 -o OUT --scheme W8A8_STATIC \\
+    evenbits diagnose benchmarks/vision.py:resnet20 -o OUT --scheme W8A8_STATIC --orders 2 \\
         --calibration benchmarks/calibration_size.py:calibration --sizes 25,50,100,200,400,800,1500 \\
         --task classification --data benchmarks/calibration_size.py:scored
 
-    evenbits diagnose $EVENBITS_TEST_DATA/stories260k_llama -o OUT --scheme W8A8_STATIC \\
+    evenbits diagnose $EVENBITS_TEST_DATA/stories260k_llama -o OUT --scheme W8A8_STATIC --orders 2 \\
         --calibration $EVENBITS_TEST_DATA/caltext/tiny.utf8 --sequence-length 64 --sizes 25,50,100,200,400,800,1500 \\
         --task perplexity --data benchmarks/calibration_size.py:stories
 

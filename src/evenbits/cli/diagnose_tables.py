@@ -98,21 +98,17 @@ def _accuracy_lines(found: Accuracy) -> list[str]:
 
 
 def _convergence(found: Convergence) -> Any:
-    columns = ["samples"]
+    """A line for each statistic and size: as many columns beside each other would not fit a terminal."""
+    columns = ["statistic", "samples", "median layer %", "worst layer %", "least … most", "per doubling %"]
+    rows: list[tuple[Any, ...]] = []
     for statistic in STATISTICS:
-        columns += [f"{statistic}: median %", "max %", "/doubling %"]
-    rows = []
-    for number in found.sizes:
-        row: list[Any] = [number]
-        for statistic in STATISTICS:
+        for number in found.sizes if any(c.statistic == statistic for c in found.changes) else ():
             changes = [c for c in found.changes if c.statistic == statistic and c.size == number]
-            if not changes:
-                row += [None, None, None]
-                continue
             steps = [c.doubling_median for c in changes if c.doubling_median is not None]
-            row += [_percent([c.median for c in changes]), _percent([c.max for c in changes]), _percent(steps)]
-        rows.append(row)
-    title = f"change against {found.sizes[-1]:,} samples, over layers; mean of {found.orders} random orders"
+            medians, largest = [c.median for c in changes], [c.max for c in changes]
+            spread = f"{100 * min(medians):.2f} … {100 * max(medians):.2f}"
+            rows.append((statistic, number, _percent(medians), _percent(largest), spread, _percent(steps)))
+    title = f"change against {found.sizes[-1]:,} samples; means of {found.orders} random orders, spread of the median"
     return table(title, columns, rows)
 
 
