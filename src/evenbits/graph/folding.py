@@ -4,8 +4,8 @@ The proof is numeric and sharp. Every fold is tried with shuffled powers of two 
 hook on each reading layer multiplies its input back. Powers of two scale floating-point numbers exactly, so a legal
 fold gives the output of the untouched model to the last bit (norms written as 1 + w, to rounding); a reader that the
 trace missed, a wrong axis or a hidden second use gives an error of the order of the output itself. Where the model
-repeats itself to the last bit the fold has to, too, so that a branch of a millionth of the output hides nothing. That is
-sharper than a comparison in float64, and needs no float64 copy of the model. A fold that fails is dropped and its
+repeats itself to the last bit the fold has to, too, so that a branch of a millionth of the output hides nothing. That
+is sharper than a comparison in float64, and needs no float64 copy of the model. A fold that fails is dropped and its
 region is served by an explicit multiply.
 """
 
