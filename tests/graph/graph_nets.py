@@ -113,6 +113,24 @@ def proved(model: nn.Module, found: Sequence[Region], *inputs: Any) -> dict[str,
         return prove(model, [lambda: model(*inputs)], found)
 
 
+class Trap(nn.Module):
+    """A norm, layers a and b, and a forward given as a function."""
+
+    def __init__(self, body: Callable[[Any, torch.Tensor], Any], width: int = 16, **parts: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = affine(nn.LayerNorm(width)), nn.Linear(width, width), nn.Linear(width, width)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.body(self, x)
+
+    def forced(self) -> Region:
+        """a is said to read the norm's output, and nothing else is."""
+        return forced(self, ["a"], "norm.weight", "norm.bias")
+
+
 def random_scale(width: int) -> torch.Tensor:
     """s between 1/5 and 5, none of them a power of two."""
     return torch.exp((torch.rand(width, dtype=torch.float64) - 0.5) * 3.2)

@@ -133,7 +133,6 @@ BETWEEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "picked pixels": lambda y: y.index_select(3, torch.tensor([0, 0, 4])),
     "channels moved": lambda y: y.roll(3, 1)[:, torch.tensor([7, 1, 2, 3, 4, 5, 6, 0])],
     "channels shuffled": lambda y: F.channel_shuffle(y, 2),
-    "half precision and back": lambda y: y.to(torch.float64).double(),
     "split and joined": lambda y: torch.cat(y.split(2, 1)[::-1], 1),
     "stacked": lambda y: torch.stack([y[:, 0::2], y[:, 1::2]], 1).flatten(1, 2),
     "tokens and back": lambda y: y.flatten(2).transpose(1, 2).transpose(1, 2).unflatten(2, (6, 6)),
