@@ -1,0 +1,200 @@
+"""When something breaks: one error, with the same words, on every rank.
+
+Three kinds, three ways to the same end.
+
+1. A tensor that cannot be coded (NaN, infinite values) or a message that cannot be read (cut, out of turn). The
+   rank that sees it does not raise at once: its neighbours would wait for messages that never come. It sends poisoned frames,
+   which arrive as NaN, and the step runs to its end. There all ranks of the pipeline exchange one number
+   (`Desk.agree`, a maximum over 8 bytes) and all raise before any optimizer has stepped: parameters, optimizer and
+   codec state are those of the last good step, so the caller may load a checkpoint or drop the batch.
+2. A process that dies, a link that stalls, an exception in the model. `one_error()` around the step turns what the
+   process group raises into an EvenbitsError, writes the rank's reason into the job's store, and closes this rank's
+   connections, which wakes the ranks that wait for it; they do the same in turn. gloo cannot be woken otherwise (its
+   `abort` does nothing), so a stall lasts at most the timeout given to `init_process_group`.
+3. Ends that do not fit together never get as far as a message (comms/handshake.py).
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from evenbits.comms.handshake import Card
+from evenbits.comms.wire import BACKWARD, FORWARD
+from evenbits.errors import EvenbitsError
+
+NOT_FINITE, NOT_CODED, NOT_READ = 1, 2, 3
+_WORDS = {
+    NOT_FINITE: "the {what} to send holds NaN or infinite values",
+    NOT_CODED: "the {what} to send could not be coded",
+    NOT_READ: "the {what} received could not be read: cut, out of turn, or not this codec's",
+}
+
+
+class LinkError(EvenbitsError):
+    """A step that could not be finished, because of this rank or of another one."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What broke, where, in 47 bits, so that a maximum over all ranks picks one of several."""
+
+    kind: int
+    stage: int
+    microbatch: int
+    direction: str
+
+    def code(self) -> int:
+        """A positive number; 0 means that nothing broke."""
+        return self.kind << 44 | self.stage << 24 | self.microbatch << 8 | (self.direction == BACKWARD)
+
+    @staticmethod
+    def of(code: int) -> Fault:
+        """The inverse of `code`."""
+        direction = BACKWARD if code & 1 else FORWARD
+        return Fault(code >> 44, code >> 24 & 0xFFFFF, code >> 8 & 0xFFFF, direction)
+
+    def __str__(self) -> str:
+        what = "gradient" if self.direction == BACKWARD else "activation"
+        return f"stage {self.stage}, microbatch {self.microbatch}: {_WORDS[self.kind].format(what=what)}"
+
+
+@dataclass
+class Desk:
+    """What the stages of one process share: their cards, the faults of this step, and who has finished it."""
+
+    group: dist.ProcessGroup | None
+    device: torch.device
+    cards: dict[int, Card] = field(default_factory=dict)
+    fault: int = 0
+    detail: str = ""
+    finished: set[int] = field(default_factory=set)
+
+    def begin(self, stage: int) -> None:
+        """A step begins; what an interrupted one left is forgotten."""
+        self.finished.discard(stage)
+        self.fault, self.detail = 0, ""
+
+    def note(self, fault: Fault, detail: str) -> None:
+        """Remember a fault until the end of the step; of several, the one with the highest code."""
+        if fault.code() > self.fault:
+            self.fault, self.detail = fault.code(), detail
+
+    def agree(self, stage: int, local: set[int]) -> None:
+        """Called by each stage of this process when its step is done; the last one of them compares with all ranks and
+        raises LinkError on every one of them if any noted a fault.
+        """
+        self.finished.add(stage)
+        if not local <= self.finished:
+            return
+        self.finished -= local
+        worst = torch.tensor([self.fault], dtype=torch.int64, device=self.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.group)
+        code = int(worst.item())
+        if code:
+            own = f" ({self.detail})" if self.fault == code else ""
+            raise LinkError(
+                f"{Fault.of(code)}{own}. No rank has stepped its optimizer: drop this batch, or continue from the last "
+                "checkpoint with a lower learning rate or loss scale."
+            )
+
+
+_DESKS: dict[str, Desk] = {}
+
+
+def desk_of(group: dist.ProcessGroup | None, device: torch.device) -> Desk:
+    """The desk that all stages of this process and group share."""
+    name = "default" if group is None else group.group_name
+    desk = _DESKS.get(name)
+    if desk is None or desk.group is not group:
+        desk = _DESKS[name] = Desk(group, device)
+    return desk
+
+
+@contextmanager
+def one_error(*, grace: float = 1.0) -> Iterator[None]:
+    """Around every step: whatever stops the step here or on another rank becomes one LinkError that names the rank
+    where it began.
+
+    The process group is destroyed: after an error in the middle of a step its messages no longer match. Start it again
+    and continue from the last checkpoint. Errors of evenbits that all ranks raise together (`Desk.agree`, the
+    handshake) pass unchanged and leave the group as it is.
+
+    grace: seconds to wait for the reasons of other ranks.
+    """
+    try:
+        yield
+    except EvenbitsError:
+        raise
+    except Exception as error:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        consequence = _is_consequence(error)
+        store = PrefixStore("evenbits/stopped", _get_default_store())
+        _write(store, rank, ("heard " if consequence else "began ") + reason)
+        _close(error)
+        reasons = _reasons(store, world, rank, grace if consequence else 0.0)
+        reasons[rank] = ("heard " if consequence else "began ") + reason
+        raise LinkError(_sentence(reasons, world)) from error
+
+
+def _is_consequence(error: BaseException) -> bool:
+    """Whether the error came from the process group, and so may have begun on another rank."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "NCCL", "Connection closed", "Timed out", "ProcessGroup")
+    )
+
+
+def _write(store: Store, rank: int, text: str) -> None:
+    try:
+        store.set(f"{rank}", text)
+    except RuntimeError:  # The store's own process is the one that died; the reason is still raised here.
+        return
+
+
+def _close(error: BaseException) -> None:
+    """Drop this rank's connections. Frames of the failed step hold references to the group, which would keep them."""
+    traceback.clear_frames(error.__traceback__)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for desk in _DESKS.values():
+        desk.group = None
+    _DESKS.clear()
+
+
+def _reasons(store: Store, world: int, rank: int, grace: float) -> dict[int, str]:
+    """What the other ranks wrote within the grace time."""
+    found: dict[int, str] = {}
+    until = time.monotonic() + grace
+    while True:
+        try:
+            for other in range(world):
+                if other not in found and other != rank and store.check([f"{other}"]):
+                    found[other] = store.get(f"{other}").decode()
+        except RuntimeError:  # The store is gone with the rank that held it: the others' reasons are not to be had.
+            return found
+        if len(found) >= world - 1 or time.monotonic() >= until:
+            return found
+        time.sleep(0.05)
+
+
+def _sentence(reasons: dict[int, str], world: int) -> str:
+    began = {r: text.removeprefix("began ") for r, text in reasons.items() if text.startswith("began ")}
+    silent = sorted(set(range(world)) - set(reasons))
+    if began:
+        cause = "; ".join(f"rank {r} stopped with {text}" for r, text in sorted(began.items()))
+    elif silent:
+        cause = f"rank(s) {silent} said nothing: killed, stalled or cut off"
+        heard = "; ".join(f"rank {r}: {text.removeprefix('heard ')}" for r, text in sorted(reasons.items()))
+        cause += f" ({heard})"
+    else:
+        cause = "; ".join(f"rank {r}: {text.removeprefix('heard ')}" for r, text in sorted(reasons.items()))
+    return f"the step could not be finished: {cause}. Start all ranks again and continue from the last checkpoint."
