@@ -58,10 +58,13 @@ class Codec(ABC):
     spec: the codec's spelling; `get(codec.spec)` is the same codec, and both ends of a link compare it.
     keeps_mask: whether the payload holds an index set (`mask_of`) that the message the other way can be coded on
         without sending it again.
+    keeps_zero: whether an element that is zero decodes to exactly zero. If not, everything near zero may be moved by
+        one and the same amount, which adds up over a backward pass (docs/training.md).
     """
 
     spec: str
     keeps_mask: bool = False
+    keeps_zero: bool = True
 
     @abstractmethod
     def payload_bytes(self, meta: Meta) -> int:
@@ -106,10 +109,29 @@ class Codec(ABC):
         return payload
 
 
+def as_float32(x: torch.Tensor, spec: str) -> torch.Tensor:
+    """x detached, flat and in float32. Raises EvenbitsError if a float64 value lies beyond float32."""
+    flat = x.detach().reshape(-1)
+    if flat.dtype == torch.float64 and flat.numel() and float(flat.abs().max()) > torch.finfo(torch.float32).max:
+        finite(x, spec)
+        raise EvenbitsError(f"codec {spec!r} works in float32, which cannot hold {float(flat.abs().max()):g}.")
+    return flat.float()
+
+
+def restored(values: torch.Tensor, meta: Meta, largest: float = float("inf")) -> torch.Tensor:
+    """Decoded values [n] → tensor of `meta`, saturated if values up to `largest` lie beyond its type.
+
+    largest: what no magnitude exceeds, to spare the pass where nothing can saturate.
+    """
+    limit = min(torch.finfo(meta.dtype).max, torch.finfo(values.dtype).max)
+    made = values.to(meta.dtype)
+    return (made.clamp_(-limit, limit) if largest > limit else made).view(meta.shape)
+
+
 def finite(x: torch.Tensor, spec: str) -> torch.Tensor:
     """x detached, or EvenbitsError if it holds NaN or infinite values: no code can carry them."""
     x = x.detach()
-    if not bool(torch.isfinite(x).all()):
+    if x.numel() and not bool(torch.isfinite(torch.stack([x.amin(), x.amax()])).all()):  # a NaN shows in both
         raise EvenbitsError(
             f"codec {spec!r} was given NaN or infinite values in a tensor of shape {list(x.shape)}; training has "
             "diverged, or its loss scale is too large."

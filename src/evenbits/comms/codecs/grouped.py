@@ -1,0 +1,239 @@
+"""Integers in groups: the codec to start with. Each group of neighbours has its own scale.
+
+What. Elements are rounded to b-bit integers relative to a scale per group, per row or per tensor, and packed at b bits.
+
+    INT4:GRANULARITY                scale = absmax / qmax                  x̂ = scale · code
+    INT4:GRANULARITY:affine         step = (max − min) / (2^b − 1)         x̂ = step · (code − zero point)
+    INT4:GRANULARITY:affine:free    the same, zero not on the grid         x̂ = min + step · code
+
+for int1 … int8 and uint1 … uint8. `tensor` is one group, `row` one group per index of all but the last dimension,
+`gN` N neighbours of the flattened tensor: a feature map whose last dimension is 7 would otherwise pay a scale for every
+seven elements. Symmetric uint formats are for tensors without negative values. `int1` is the sign (sign.py).
+`:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`.
+
+When it helps. Always: 5 to 30 dB more than one scale per tensor at nearly the same bits, because magnitudes differ from
+place to place (docs/codecs.md), and it costs a few passes.
+
+Zero. The range is widened to include zero and zero is a code. That is not a detail: a grid without zero moves all small
+gradients by the same amount, and a sum over N positions multiplies that by N, while rounding noise grows by √N only.
+`free` is there to measure this; it is what min/max quantizers of the literature do.
+
+Metadata. A scale is rounded up to bfloat16 (per tensor: float32), so that nothing is clipped, and x is divided by the
+scale as it is sent: |x̂ − x| ≤ step / 2 (stochastic: < step). float16 scales would flush the steps of small gradients to
+zero. Below float32's smallest normal number 1.2e-38 the scale stays there.
+
+Left out. Searched scales (`int4:g128:mse`): that is a number format (formats.py) and takes far longer.
+Source: Alistarh et al., "QSGD", NeurIPS 2017 (buckets, stochastic rounding); numerics/affine.py for the rest.
+
+Layout: scales, then minima (free) or zero points packed at b bits (affine), then codes packed at b bits; signed codes
+are two's complement. G: groups, g: elements of a group.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from evenbits.comms.codecs.base import Codec, Meta, as_float32, finite, restored
+from evenbits.comms.codecs.bits import bytes_of, pack, packed_bytes, unpack, words_of
+from evenbits.errors import EvenbitsError
+from evenbits.numerics.granularity import Granularity
+from evenbits.numerics.qdtypes import QDtype
+
+_SPELLING = re.compile(r"(u?)int([1-8]):(tensor|row|channel|token|g[0-9]+)((?::(?:affine|free|stochastic))*)")
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How a tensor is cut: `count` groups of `width` elements of the flattened tensor, the last one perhaps shorter."""
+
+    count: int
+    width: int
+
+    @staticmethod
+    def of(granularity: Granularity, meta: Meta) -> Groups:
+        """The groups of a tensor; none if it is empty."""
+        size = meta.numel
+        if size == 0:
+            return Groups(0, 1)
+        width = {"tensor": size, "row": meta.shape[-1] if meta.shape else 1}.get(granularity.kind, granularity.size)
+        width = min(width, size)
+        return Groups(-(-size // width), width)
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """[n] → [G, g]; the last group is filled up with its last element, so that its range stays."""
+        missing = self.count * self.width - flat.numel()
+        return (torch.cat([flat, flat[-1:].expand(missing)]) if missing else flat).view(self.count, self.width)
+
+
+def round_up(values: torch.Tensor) -> torch.Tensor:
+    """Positive float32 → the nearest bfloat16 that is not smaller (at most its largest)."""
+    words = values.contiguous().view(torch.int32)
+    return ((words + 0xFFFF) >> 16).clamp_(max=0x7F7F).to(torch.int16).view(torch.bfloat16)
+
+
+def round_down(values: torch.Tensor) -> torch.Tensor:
+    """float32 of either sign → the nearest bfloat16 that is not larger (at least its lowest)."""
+    limit = torch.finfo(torch.bfloat16).max
+    near = values.clamp(-limit, limit).to(torch.bfloat16)
+    below = torch.nextafter(near, torch.full_like(near, -limit))
+    return torch.where(near.float() > values, below, near)
+
+
+class Grouped(Codec):
+    """Integer codes with a scale per group."""
+
+    def __init__(self, dtype: QDtype, granularity: Granularity, *, affine: bool, free: bool, stochastic: bool) -> None:
+        self.dtype, self.granularity = dtype, granularity
+        self.affine, self.free, self.stochastic = affine, free, stochastic
+        options = [word for word, on in (("affine", affine), ("free", free), ("stochastic", stochastic)) if on]
+        self.spec = ":".join([dtype.name, str(granularity), *options])
+        self.keeps_zero = not free
+        self._scale_type = torch.float32 if granularity.kind == "tensor" else torch.bfloat16
+        # Symmetric signed codes are −qmax … qmax; all others 0 … levels.
+        self._signed = dtype.signed and not affine
+        self._levels = dtype.qmax if self._signed else (1 << dtype.bits) - 1
+
+    def _parts(self, meta: Meta) -> tuple[Groups, list[int]]:
+        """The groups and the bytes of scales, minima or zero points, and codes."""
+        groups = Groups.of(self.granularity, meta)
+        scales = groups.count * self._scale_type.itemsize
+        zeros = scales if self.free else packed_bytes(groups.count, self.dtype.bits) if self.affine else 0
+        return groups, [scales, zeros, packed_bytes(meta.numel, self.dtype.bits)]
+
+    def payload_bytes(self, meta: Meta) -> int:
+        return sum(self._parts(meta)[1])
+
+    def encode(
+        self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        meta = Meta.of(x)
+        groups, _ = self._parts(meta)
+        if meta.numel == 0:
+            return torch.empty(0, dtype=torch.uint8, device=x.device)
+        x_Gg = groups.view(as_float32(x, self.spec))
+        lo_G, hi_G = x_Gg.amin(dim=1), x_Gg.amax(dim=1)
+        lowest, highest = float(lo_G.min()), float(hi_G.max())  # a NaN anywhere shows in both
+        if not (-_HUGE <= lowest and highest <= _HUGE):
+            finite(x, self.spec)
+        if max(-lowest, highest) > _HUGE / 4:
+            x_Gg = x_Gg.double()  # max − min of two float32 is not a float32
+        head, u_Gg, zero_G = self._scaled(x_Gg, lo_G, hi_G)
+        codes = self._rounded(u_Gg, zero_G, generator).view(-1)[: meta.numel]
+        if self._signed:
+            codes = codes.to(torch.int8).view(torch.uint8)
+            codes = codes if self.dtype.bits == 8 else codes.bitwise_and_((1 << self.dtype.bits) - 1)
+        return torch.cat([*head, pack(codes.to(torch.uint8), self.dtype.bits)])
+
+    def _scaled(
+        self, x_Gg: torch.Tensor, lo_G: torch.Tensor, hi_G: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """The metadata's bytes, x in steps, and the zero points."""
+        if not self.affine:
+            if not self.dtype.signed and bool((lo_G < 0).any()):
+                raise EvenbitsError(
+                    f"{self.spec!r} cannot hold negative values (smallest: {float(lo_G.min()):g}); use "
+                    f"{self.spec[1:]!r}, or {self.spec + ':affine'!r}."
+                )
+            scale = self._stored(torch.maximum(hi_G, -lo_G) / self._levels)
+            return [bytes_of(scale)], x_Gg / scale.float().unsqueeze(1), None
+        lo, hi = lo_G.double(), hi_G.double()
+        if self.free:
+            least = lo_G if self._scale_type == torch.float32 else round_down(lo_G)
+            step = self._stored(((hi - least.double()) / self._levels).float())
+            u_Gg = (x_Gg - least.to(x_Gg.dtype).unsqueeze(1)) / step.float().unsqueeze(1)
+            return [bytes_of(step), bytes_of(least)], u_Gg, None
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        step = self._stored(((hi - lo) / self._levels).float())
+        zero = (-lo / step.double()).round_().clamp_(0, self._levels)
+        packed = pack(zero.to(torch.uint8), self.dtype.bits)
+        return [bytes_of(step), packed], x_Gg / step.float().unsqueeze(1), zero.to(x_Gg.dtype)
+
+    def _stored(self, scale: torch.Tensor) -> torch.Tensor:
+        scale = scale.clamp(_TINY, _HUGE)
+        return scale if self._scale_type == torch.float32 else round_up(scale)
+
+    def _rounded(
+        self, u_Gg: torch.Tensor, zero_G: torch.Tensor | None, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        if self.stochastic:
+            noise = torch.rand(u_Gg.shape, generator=generator, dtype=u_Gg.dtype, device=u_Gg.device)
+            codes = u_Gg.add_(noise).floor_()
+        else:
+            codes = u_Gg.round_()
+        if zero_G is not None:
+            codes += zero_G.unsqueeze(1)
+        return codes.clamp_(-self._levels if self._signed else 0, self._levels)
+
+    def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        payload = self.checked(payload, meta)
+        groups, sizes = self._parts(meta)
+        if meta.numel == 0:
+            return torch.empty(meta.shape, dtype=meta.dtype, device=payload.device)
+        scales, zeros, packed = payload.split(sizes)
+        scale_G = words_of(scales, self._scale_type).float()
+        lowest, highest = float(scale_G.min()), float(scale_G.max())
+        if not 0 < lowest <= highest <= _HUGE:
+            raise EvenbitsError(f"these {payload.numel()} bytes are no {self.spec!r} payload: a scale is not positive.")
+        codes = unpack(packed, self.dtype.bits, meta.numel)
+        offset_G = None
+        if self._signed:
+            sign = 1 << (self.dtype.bits - 1)
+            codes = codes.view(torch.int8) if self.dtype.bits == 8 else (codes ^ sign).view(torch.int8) - sign
+        elif self.free:
+            offset_G = words_of(zeros, self._scale_type).float()
+        elif self.affine:
+            offset_G = unpack(zeros, self.dtype.bits, groups.count).float()
+        largest = highest * (1 << self.dtype.bits)  # of a product on the way, and for `free` plus the minimum
+        least = float(offset_G.abs().max()) if offset_G is not None and self.free else 0.0
+        values = codes.double() if largest > _HUGE else codes.float()
+        self._spread(values, scale_G, offset_G, groups)
+        return restored(values, meta, largest + least)
+
+    def _spread(
+        self, values: torch.Tensor, scale_G: torch.Tensor, offset_G: torch.Tensor | None, groups: Groups
+    ) -> None:
+        """Codes → values in place, groups that are whole at once and then the shorter one."""
+        whole = values.numel() // groups.width
+        cut = whole * groups.width
+        for part, rows in (
+            (values[:cut].view(whole, -1), slice(0, whole)),
+            (values[cut:].view(1, -1), slice(whole, None)),
+        ):
+            if not part.numel():
+                continue
+            scale = scale_G[rows].unsqueeze(1)
+            if offset_G is None:
+                part.mul_(scale)
+            elif self.free:
+                part.mul_(scale).add_(offset_G[rows].unsqueeze(1))
+            else:
+                part.sub_(offset_G[rows].unsqueeze(1)).mul_(scale)
+
+
+def grouped(spec: str) -> Codec:
+    """ "int4:g128", "uint8:tensor:affine:free", … → codec. Spellings with a number format's own options (such as mse)
+    or an axis are number formats. Raises EvenbitsError for anything else.
+    """
+    match = _SPELLING.fullmatch(spec)
+    if match is None:
+        from evenbits.comms.codecs.formats import formatted
+
+        return formatted(spec)
+    options = match[4].split(":")[1:]
+    affine, free, stochastic = (word in options for word in ("affine", "free", "stochastic"))
+    if free and not affine:
+        raise EvenbitsError(f"{spec!r}: 'free' belongs to affine codecs; spell it '…:affine:free'.")
+    if len(set(options)) < len(options):
+        raise EvenbitsError(f"{spec!r}: an option is given twice.")
+    dtype, granularity = QDtype(int(match[2]), not match[1]), Granularity.parse(match[3])
+    if dtype == QDtype(1, True) and not affine:
+        from evenbits.comms.codecs.sign import Sign
+
+        if stochastic:
+            raise EvenbitsError(f"{spec!r}: a sign has no fraction to round stochastically.")
+        return Sign(spec=f"int1:{granularity}", granularity=granularity)
+    return Grouped(dtype, granularity, affine=affine, free=free, stochastic=stochastic)
