@@ -120,7 +120,7 @@ class Pipeline:
             self.optimizer.step()
         return [float(loss.detach()) for loss in losses]
 
-    def fingerprint(self) -> str:
+    def digest(self) -> str:
         """A digest of every gradient and parameter of this rank, bit by bit."""
         digest = hashlib.sha256()
         for stage in self.stages:

@@ -53,7 +53,7 @@ def _child(
 def run(
     work: Callable[..., Any], world: int, *args: Any, deadline: float = 60.0, link_timeout: float = 10.0
 ) -> list[Result]:
-    """work(rank, world, *args) on `world` processes → per rank ("ok", value), (error's class, text) or ("killed", None).
+    """work(rank, world, *args) on `world` processes → per rank ("ok", value), (error's class, text) or ("killed", …).
 
     deadline: seconds after which every process that is still there is killed and the test fails.
     link_timeout: the process group's own.
@@ -92,6 +92,6 @@ def _collect(pipes: list[Connection], processes: list[Any], until: float) -> lis
 
 def values(results: list[Result]) -> list[Any]:
     """The values of a run in which every rank must have succeeded."""
-    for rank, (kind, value) in enumerate(results):
-        assert kind == "ok", f"rank {rank}: {kind}: {value}"
+    failed = "\n".join(f"rank {rank}: {kind}: {value}" for rank, (kind, value) in enumerate(results) if kind != "ok")
+    assert not failed, failed
     return [value for _, value in results]

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import pytest
 import stage_work
-from pipelines import SCHEDULES
+import torch
+from pipelines import BATCH, LENGTH, MICROBATCHES, SCHEDULES, WIDTH
 from ranks import run, values
+
+from evenbits.comms.codecs import get
+from evenbits.comms.codecs.base import Meta
+from evenbits.comms.wire import TRAILER, Edge
+from evenbits.errors import EvenbitsError
+
+META = Meta((BATCH // MICROBATCHES, LENGTH, WIDTH), torch.float32)
+
+
+def bytes_of(spec: str) -> int:
+    """One step of one lane: payloads and trailers of all microbatches."""
+    return MICROBATCHES * (get(spec).payload_bytes(META) + TRAILER)
 
 
 def test_raw_is_bit_identical_to_the_stock_stage_under_every_schedule() -> None:
@@ -21,3 +34,94 @@ def test_raw_is_bit_identical_on_four_ranks() -> None:
     for result in results:
         stock, coded = result["1F1B"]
         assert stock == coded
+
+
+def test_every_schedule_learns_with_packed_bytes_and_sends_what_the_codec_says() -> None:
+    first, second = values(run(stage_work.train_all, 2, list(SCHEDULES), "int4:g16/int8:g16", 6))
+    for name, (_, per_rank) in SCHEDULES.items():
+        losses = first[name][0] if name == "ZBVZeroBubble" else second[name][0]
+        assert sum(losses[-1]) < sum(losses[0]), name
+        edges = {"ZBVZeroBubble": 2}.get(name, 2 * per_rank - 1)  # The V's bottom is a local hop and costs nothing.
+        sent = first[name][2] + second[name][2]
+        assert sent == 6 * edges * (bytes_of("int4:g16") + bytes_of("int8:g16")), name
+
+
+CODECS = [
+    "int4:g16/int8:g16",
+    "bf16/fp16",
+    "top0.25+int8:g16/top0.25+int8:g16",  # the gradient on the forward's index set
+    "top0.25+int8:g16/int8:g16",  # a dense gradient
+    "int8:g16/top0.25+raw",  # the gradient brings its own index set
+    "multi2x4/int8:g16:affine",
+]
+
+
+def test_a_pipeline_computes_what_fake_quantization_at_the_cut_computes() -> None:
+    """Independent oracle: one process, no messages, encode and decode inside an autograd function."""
+    first, second = values(run(stage_work.two_stages, 2, CODECS, 3))
+    for codec in CODECS:
+        assert second[codec][0] == stage_work.one_process(codec, 3), codec
+    top = get("top0.25+int8:g16")
+    kept = top.kept(META)  # type: ignore[attr-defined]
+    both = "top0.25+int8:g16/top0.25+int8:g16"
+    assert first[both][2] == 3 * bytes_of("top0.25+int8:g16")
+    assert second[both][2] == 3 * MICROBATCHES * (top.payload_bytes_on(META, kept) + TRAILER)
+    assert second[both][2] < first[both][2]
+
+
+def test_integers_half_floats_tensors_without_gradient_and_strides_arrive_as_sent() -> None:
+    (stock, coded, _), (_, _, (h, picture, half)) = values(run(stage_work.several, 2))
+    assert stock == coded
+    assert h["leaf"] and h["learns"]
+    assert picture["strides"][1] == 1, "channels-last, which the stock stage cannot send at all"
+    assert not half["learns"] and half["type"] == "torch.bfloat16"
+
+
+def test_static_shapes_and_evaluation_between_steps() -> None:
+    for plain, evaluated in values(run(stage_work.static_and_eval, 2)):
+        assert plain == evaluated
+
+
+def test_every_edge_and_direction_has_its_own_codec() -> None:
+    results = values(run(stage_work.per_edge, 4))
+    expected = [
+        bytes_of("int8:g16"),
+        bytes_of("int4:g16") + bytes_of("bf16"),
+        bytes_of("raw") + bytes_of("int8:g16"),
+        bytes_of("int2:g16"),
+    ]
+    assert [sent for _, _, sent in results] == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("codec", "codecs of edge 0 differ: stage 0 has int8:g16/int8:g16, stage 1 has int8:g16/int4:g16"),
+        ("version", "versions of evenbits differ"),
+        ("microbatches", "numbers of microbatches differ: stage 0 has 4, stage 1 has 2"),
+        ("embedding", "would prune the output of a stage that holds an embedding"),
+    ],
+)
+def test_ends_that_do_not_fit_raise_the_same_error_on_every_rank(case: str, words: str) -> None:
+    texts = values(run(stage_work.handshake, 2, case))
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("EvenbitsError") and words in texts[0]
+
+
+def test_a_neighbour_with_another_stage_class_is_named() -> None:
+    (kind, text), _ = run(stage_work.stock_neighbour, 2, link_timeout=4.0)
+    assert kind == "EvenbitsError"
+    assert "stages [1] did not show their codecs within 1 s" in text
+
+
+def test_pruning_is_refused_after_embeddings_only() -> None:
+    assert values(run(stage_work.middles, 2)) == ["", ""]
+
+
+def test_edges_are_spelled() -> None:
+    assert Edge.of("int8:g128") == Edge(("int8:g128",), ("int8:g128",))
+    assert Edge.of("int4:g64>int8:g64/bf16") == Edge(("int4:g64", "int8:g64"), ("bf16",))
+    assert str(Edge.of("int4:g64>int8:g64/bf16")) == "int4:g64>int8:g64/bf16"
+    for wrong in ("int8:g128/int8:g128/raw", "", "nonsense/raw", 8):
+        with pytest.raises(EvenbitsError):
+            Edge.of(wrong)  # type: ignore[arg-type]

@@ -57,6 +57,7 @@ class Courier:
             self.lanes[index, BACKWARD] = Lane(index, BACKWARD, edge.backward)
         self.step = -1
         self.learns = False
+        self._generator = torch.Generator(device)
         self._frames: dict[tuple[str, int, int], torch.Tensor] = {}
         self._masks: dict[tuple[str, int, int], torch.Tensor] = {}
         self._sick: set[int] = set()
@@ -71,6 +72,9 @@ class Courier:
                 for lane in self.outgoing():
                     lane.following = self.guard.rung(lane, self.telemetry.last(lane.edge, lane.direction))
         self.step += 1
+        # Stochastic codecs draw from a stream of their own that follows from the step: the model's random numbers are
+        # not touched, and a resumed run draws the same ones.
+        self._generator.manual_seed(self.step << 20 | self.stage)
         self._frames.clear()
         self._masks.clear()
         self._sick.clear()
@@ -108,7 +112,7 @@ class Courier:
             payload = as_bytes(x)
         else:
             try:
-                payload = self._encoded(lane, x, mask, microbatch)
+                payload = self._encoded(lane, x, mask)
             except EvenbitsError as error:
                 nbytes = self._nbytes(edge, direction, Meta.of(x), mask)
                 flags, payload = POISON, torch.zeros(nbytes, dtype=torch.uint8, device=x.device)
@@ -121,10 +125,10 @@ class Courier:
         lane.sent += frame.numel()
         return frame
 
-    def _encoded(self, lane: Lane, x: torch.Tensor, mask: torch.Tensor | None, microbatch: int) -> torch.Tensor:
+    def _encoded(self, lane: Lane, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if self.telemetry is None or not self.telemetry.wants(self.step):
-            return lane.codec.encode(x, mask=mask)
-        return self.telemetry.encode(lane, x, mask=mask, step=self.step, microbatch=microbatch)
+            return lane.codec.encode(x, mask=mask, generator=self._generator)
+        return self.telemetry.encode(lane, x, mask=mask, step=self.step, generator=self._generator)
 
     def read(self, edge: int, direction: str, microbatch: int, slot: int, meta: Any) -> torch.Tensor:
         """A received frame → a fresh tensor of `meta`; NaN if it was poisoned or, in training, cannot be read."""

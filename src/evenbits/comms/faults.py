@@ -3,8 +3,8 @@
 Three kinds, three ways to the same end.
 
 1. A tensor that cannot be coded (NaN, infinite values) or a message that cannot be read (cut, out of turn). The
-   rank that sees it does not raise at once: its neighbours would wait for messages that never come. It sends poisoned frames,
-   which arrive as NaN, and the step runs to its end. There all ranks of the pipeline exchange one number
+   rank that sees it does not raise at once: its neighbours would wait for messages that never come. It sends poisoned
+   frames, which arrive as NaN, and the step runs to its end. There all ranks of the pipeline exchange one number
    (`Desk.agree`, a maximum over 8 bytes) and all raise before any optimizer has stepped: parameters, optimizer and
    codec state are those of the last good step, so the caller may load a checkpoint or drop the batch.
 2. A process that dies, a link that stalls, an exception in the model. `one_error()` around the step turns what the

@@ -122,7 +122,7 @@ class Sums:
 def error_figures(x: torch.Tensor, codec: Codec) -> Figures:
     """What a codec does to one tensor, outside of any pipeline: the same figures, with edge and step 0."""
     telemetry = Telemetry()
-    telemetry.encode(_Alone(codec), x, mask=None, step=0, microbatch=0)
+    telemetry.encode(_Alone(codec), x, step=0)
     telemetry.close_step()
     return telemetry.history[-1]
 
@@ -162,13 +162,19 @@ class Telemetry:
         return step % self.every == 0
 
     def encode(
-        self, lane: Lane | _Alone, x: torch.Tensor, *, mask: torch.Tensor | None, step: int, microbatch: int
+        self,
+        lane: Lane | _Alone,
+        x: torch.Tensor,
+        *,
+        step: int,
+        mask: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """lane.codec.encode, measured: uint8 payload. Raises what the codec raises."""
         codec, meta = lane.codec, Meta.of(x)
         sums = self._open.setdefault((step, lane.edge, lane.direction, codec.spec), Sums())
         started = _now(x)
-        payload = codec.encode(x, mask=mask)
+        payload = codec.encode(x, mask=mask, generator=generator)
         encoded = _now(x)
         decoded = codec.decode(payload, meta, mask=mask)
         sums.encode, sums.decode = sums.encode + encoded - started, sums.decode + _now(x) - encoded
