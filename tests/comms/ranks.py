@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ def _child(
     result: Result
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+            "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )
         result = ("ok", work(rank, world, *args))
     except BaseException as error:
@@ -51,15 +52,21 @@ def _child(
 
 
 def run(
-    work: Callable[..., Any], world: int, *args: Any, deadline: float = 60.0, link_timeout: float = 10.0
+    work: Callable[..., Any],
+    world: int,
+    *args: Any,
+    deadline: float = 60.0,
+    link_timeout: float = 10.0,
+    tcp: bool = False,
 ) -> list[Result]:
     """work(rank, world, *args) on `world` processes → per rank ("ok", value), (error's class, text) or ("killed", …).
 
     deadline: seconds after which every process that is still there is killed and the test fails.
     link_timeout: the process group's own.
+    tcp: the store is held by rank 0, as with torchrun, and dies with it; otherwise it is a file.
     """
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
+        store = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{Path(folder) / 'store'}"
         pipes, processes = [], []
         for rank in range(world):
             mine, theirs = _CONTEXT.Pipe(duplex=False)
@@ -76,6 +83,12 @@ def run(
             for process in processes:
                 process.kill()
                 process.join(10)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _collect(pipes: list[Connection], processes: list[Any], until: float) -> list[Result]:

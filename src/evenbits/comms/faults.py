@@ -5,8 +5,9 @@ Three kinds, three ways to the same end.
 1. A tensor that cannot be coded (NaN, infinite values) or a message that cannot be read (cut, out of turn). The
    rank that sees it does not raise at once: its neighbours would wait for messages that never come. It sends poisoned
    frames, which arrive as NaN, and the step runs to its end. There all ranks of the pipeline exchange one number
-   (`Desk.agree`, a maximum over 8 bytes) and all raise before any optimizer has stepped: parameters, optimizer and
-   codec state are those of the last good step, so the caller may load a checkpoint or drop the batch.
+   (`Desk.agree`, a maximum over 8 bytes) and all raise before any optimizer has stepped: parameters and
+   optimizer are those of the last good step, so the caller may load a checkpoint, or drop the batch
+   (`one_error(schedule)` makes the schedule forget it).
 2. A process that dies, a link that stalls, an exception in the model. `one_error()` around the step turns what the
    process group raises into an EvenbitsError, writes the rank's reason into the job's store, and closes this rank's
    connections, which wakes the ranks that wait for it; they do the same in turn. gloo cannot be woken otherwise (its
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,7 +121,7 @@ def desk_of(group: dist.ProcessGroup | None, device: torch.device) -> Desk:
 
 
 @contextmanager
-def one_error(*, grace: float = 1.0) -> Iterator[None]:
+def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
     """Around every step: whatever stops the step here or on another rank becomes one LinkError that names the rank
     where it began.
 
@@ -127,22 +129,33 @@ def one_error(*, grace: float = 1.0) -> Iterator[None]:
     and continue from the last checkpoint. Errors of evenbits that all ranks raise together (`Desk.agree`, the
     handshake) pass unchanged and leave the group as it is.
 
+    schedule: the pipeline schedule whose step this is. torch's schedules keep the losses of a step that raised; given
+        here, it is ready for the next batch.
     grace: seconds to wait for the reasons of other ranks.
     """
     try:
         yield
     except EvenbitsError:
+        for kept in ("_internal_losses", "fwd_recv_ops", "bwd_recv_ops"):
+            getattr(schedule, kept, []).clear()
         raise
     except Exception as error:
         rank, world = dist.get_rank(), dist.get_world_size()
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        reason = _reason(error)
         consequence = _is_consequence(error)
+        mine = ("heard " if consequence else "began ") + reason
         store = PrefixStore("evenbits/stopped", _get_default_store())
-        _write(store, rank, ("heard " if consequence else "began ") + reason)
+        lost = not _write(store, rank, mine)
         _close(error)
-        reasons = _reasons(store, world, rank, grace if consequence else 0.0)
-        reasons[rank] = ("heard " if consequence else "began ") + reason
-        raise LinkError(_sentence(reasons, world)) from error
+        reasons = {} if lost else _reasons(store, world, rank, grace if consequence else 0.0)
+        raise LinkError(_sentence({**reasons, rank: mine}, world, lost or -1 in reasons)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """An error and where it came from, each in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no text"]
+    text = f"{type(error).__name__}: {lines[0][:300]}"
+    return text if error.__cause__ is None else f"{text} (from {_reason(error.__cause__)})"
 
 
 def _is_consequence(error: BaseException) -> bool:
@@ -153,11 +166,13 @@ def _is_consequence(error: BaseException) -> bool:
     )
 
 
-def _write(store: Store, rank: int, text: str) -> None:
+def _write(store: Store, rank: int, text: str) -> bool:
+    """Whether the reason could be written; the process that holds the store may be the one that died."""
     try:
         store.set(f"{rank}", text)
-    except RuntimeError:  # The store's own process is the one that died; the reason is still raised here.
-        return
+    except RuntimeError:
+        return False
+    return True
 
 
 def _close(error: BaseException) -> None:
@@ -171,7 +186,7 @@ def _close(error: BaseException) -> None:
 
 
 def _reasons(store: Store, world: int, rank: int, grace: float) -> dict[int, str]:
-    """What the other ranks wrote within the grace time."""
+    """What the other ranks wrote within the grace time; the key -1 stands for a store that was lost meanwhile."""
     found: dict[int, str] = {}
     until = time.monotonic() + grace
     while True:
@@ -179,18 +194,21 @@ def _reasons(store: Store, world: int, rank: int, grace: float) -> dict[int, str
             for other in range(world):
                 if other not in found and other != rank and store.check([f"{other}"]):
                     found[other] = store.get(f"{other}").decode()
-        except RuntimeError:  # The store is gone with the rank that held it: the others' reasons are not to be had.
-            return found
+        except RuntimeError:
+            return {**found, -1: ""}
         if len(found) >= world - 1 or time.monotonic() >= until:
             return found
         time.sleep(0.05)
 
 
-def _sentence(reasons: dict[int, str], world: int) -> str:
+def _sentence(reasons: dict[int, str], world: int, lost: bool) -> str:
+    reasons = {r: text for r, text in reasons.items() if r >= 0}
     began = {r: text.removeprefix("began ") for r, text in reasons.items() if text.startswith("began ")}
     silent = sorted(set(range(world)) - set(reasons))
     if began:
         cause = "; ".join(f"rank {r} stopped with {text}" for r, text in sorted(began.items()))
+    elif lost:
+        cause = "the store was lost, and with it, most likely, the rank that held it (rank 0 unless chosen otherwise)"
     elif silent:
         cause = f"rank(s) {silent} said nothing: killed, stalled or cut off"
         heard = "; ".join(f"rank {r}: {text.removeprefix('heard ')}" for r, text in sorted(reasons.items()))
