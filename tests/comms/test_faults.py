@@ -73,7 +73,7 @@ def test_an_exception_in_the_model_is_named_on_every_rank() -> None:
 
 
 def test_a_resumed_run_is_bit_identical_with_guard_and_stochastic_rounding(tmp_path: Path) -> None:
-    """Rungs change at steps before and after the checkpoint; nothing of the whole run and of its continuation differs."""
+    """Rungs change before and after the checkpoint; the whole run and its continuation do not differ in a bit."""
     (tmp_path / "a").mkdir()
     whole = values(run(fault_work.resumed, 2, 0, 7, str(tmp_path / "a")))
     again = values(run(fault_work.resumed, 2, 3, 7, str(tmp_path / "a")))

@@ -96,7 +96,7 @@ class Guard:
             return
         watch.said.add(reason)
         if climbs:
-            then = f"it uses {lane.codecs[lane.level + 1].spec!r} from the step after next on"
+            then = f"it uses {lane.codecs[lane.level + 1].spec!r} from the next step on"
         elif self.act == "raise":
             then = "it is on its last rung; give the ladder another one"
         else:
