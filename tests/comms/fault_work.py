@@ -120,7 +120,7 @@ def stalled(rank: int, world: int, who: int) -> Any:
     """Rank `who` stops answering in the middle of the second step, for longer than the link's timeout."""
 
     def sleep(y: torch.Tensor) -> torch.Tensor:
-        time.sleep(6)
+        time.sleep(4)
         return y
 
     parts = modules(world)

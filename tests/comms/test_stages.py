@@ -105,12 +105,12 @@ def test_every_edge_and_direction_has_its_own_codec() -> None:
 def test_ends_that_do_not_fit_raise_the_same_error_on_every_rank(case: str, words: str) -> None:
     texts = values(run(stage_work.handshake, 2, case))
     assert texts[0] == texts[1]
-    assert texts[0].startswith("EvenbitsError") and words in texts[0]
+    assert texts[0].startswith("AgreedError") and words in texts[0]
 
 
 def test_a_neighbour_with_another_stage_class_is_named() -> None:
     (kind, text), _ = run(stage_work.stock_neighbour, 2, link_timeout=4.0)
-    assert kind == "EvenbitsError"
+    assert kind == "LinkError"
     assert "stages [1] did not show their codecs within 1 s" in text
 
 

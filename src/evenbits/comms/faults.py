@@ -9,7 +9,7 @@ Three kinds, three ways to the same end.
    optimizer are those of the last good step, so the caller may load a checkpoint, or drop the batch
    (`one_error(schedule)` makes the schedule forget it).
 2. A process that dies, a link that stalls, an exception in the model. `one_error()` around the step turns what the
-   process group raises into an EvenbitsError, writes the rank's reason into the job's store, and closes this rank's
+   process group raises into a LinkError, writes the rank's reason into the job's store, and closes this rank's
    connections, which wakes the ranks that wait for it; they do the same in turn. gloo cannot be woken otherwise (its
    `abort` does nothing), so a stall lasts at most the timeout given to `init_process_group`.
 3. Ends that do not fit together never get as far as a message (comms/handshake.py).
@@ -29,8 +29,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from evenbits.comms.handshake import Card
-from evenbits.comms.wire import BACKWARD, FORWARD
-from evenbits.errors import EvenbitsError
+from evenbits.comms.wire import BACKWARD, FORWARD, AgreedError, LinkError
 
 NOT_FINITE, NOT_CODED, NOT_READ = 1, 2, 3
 _WORDS = {
@@ -38,10 +37,6 @@ _WORDS = {
     NOT_CODED: "the {what} to send could not be coded",
     NOT_READ: "the {what} received could not be read: cut, out of turn, or not this codec's",
 }
-
-
-class LinkError(EvenbitsError):
-    """A step that could not be finished, because of this rank or of another one."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Desk:
 
     def agree(self, stage: int, local: set[int]) -> None:
         """Called by each stage of this process when its step is done; the last one of them compares with all ranks and
-        raises LinkError on every one of them if any noted a fault.
+        raises AgreedError on every one of them if any noted a fault.
         """
         self.finished.add(stage)
         if not local <= self.finished:
@@ -102,7 +97,7 @@ class Desk:
         code = int(worst.item())
         if code:
             own = f" ({self.detail})" if self.fault == code else ""
-            raise LinkError(
+            raise AgreedError(
                 f"{Fault.of(code)}{own}. No rank has stepped its optimizer: drop this batch, or continue from the last "
                 "checkpoint with a lower learning rate or loss scale."
             )
@@ -126,8 +121,8 @@ def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
     where it began.
 
     The process group is destroyed: after an error in the middle of a step its messages no longer match. Start it again
-    and continue from the last checkpoint. Errors of evenbits that all ranks raise together (`Desk.agree`, the
-    handshake) pass unchanged and leave the group as it is.
+    and continue from the last checkpoint. An AgreedError, which all ranks raise together, passes unchanged and leaves
+    the group as it is.
 
     schedule: the pipeline schedule whose step this is. torch's schedules keep the losses of a step that raised; given
         here, it is ready for the next batch.
@@ -135,7 +130,7 @@ def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
     """
     try:
         yield
-    except EvenbitsError:
+    except AgreedError:
         for kept in ("_internal_losses", "fwd_recv_ops", "bwd_recv_ops"):
             getattr(schedule, kept, []).clear()
         raise

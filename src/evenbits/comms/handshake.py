@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from evenbits._version import __version__
-from evenbits.comms.wire import WIRE_VERSION, Edge
-from evenbits.errors import EvenbitsError
+from evenbits.comms.wire import WIRE_VERSION, AgreedError, Edge, LinkError
 
 Card = dict[str, Any]
 
@@ -76,15 +75,15 @@ def show(store: Store, rank: int, cards: dict[int, Card]) -> int:
 
 
 def read(store: Store, stages: int, turn: int, timeout: timedelta) -> list[Card]:
-    """The cards of all stages. Raises EvenbitsError naming the stages that showed none within the timeout."""
+    """The cards of all stages. Raises LinkError naming the stages that showed none within the timeout."""
     keys = [f"card/{turn}/{stage}" for stage in range(stages)]
     try:
         store.wait(keys, timeout)
     except RuntimeError as error:
         missing = [stage for stage, key in enumerate(keys) if not store.check([key])]
-        raise EvenbitsError(
+        raise LinkError(
             f"stages {missing} did not show their codecs within {timeout.total_seconds():.0f} s. Every stage of a "
-            "pipeline must be a CodecStage, and every process must be alive."
+            "pipeline must be a CodecStage (every rank must have the hook), and every process must be alive."
         ) from error
     return [json.loads(store.get(key)) for key in keys]
 
@@ -125,11 +124,24 @@ def _by_stage(values: dict[int, Any]) -> str:
 
 
 def shake(group: dist.ProcessGroup | None, cards: dict[int, Card], stages: int, timeout: timedelta) -> None:
-    """Show the cards of this rank's stages, read all, compare. Raises EvenbitsError, with the same words on every rank,
+    """Show the cards of this rank's stages, read all, compare. Raises AgreedError, with the same words on every rank,
     if anything differs.
     """
     store = board(group)
     turn = show(store, dist.get_rank(group), cards)
     found = disagreements(read(store, stages, turn, timeout))
     if found:
-        raise EvenbitsError("the stages of this pipeline do not fit together: " + "; ".join(found) + ".")
+        raise AgreedError("the stages of this pipeline do not fit together: " + "; ".join(found) + ".")
+
+
+def agree_on(group: dist.ProcessGroup | None, what: str, settings: Card, timeout: timedelta) -> None:
+    """All ranks of a group show one card each; all must be equal. Raises AgreedError, on every rank, otherwise."""
+    mine = {"evenbits": __version__, "wire": WIRE_VERSION, **settings}
+    store = PrefixStore(what, board(group))
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    cards = read(store, world, show(store, rank, {rank: mine}), timeout)
+    for name in mine:
+        values = {r: c.get(name) for r, c in enumerate(cards)}
+        if any(value != values[0] for value in values.values()):
+            listed = ", ".join(f"rank {r} has {value}" for r, value in values.items())
+            raise AgreedError(f"the ranks of this group differ in {name!r}: {listed[:1000]}.")

@@ -122,14 +122,14 @@ class Sums:
 def error_figures(x: torch.Tensor, codec: Codec) -> Figures:
     """What a codec does to one tensor, outside of any pipeline: the same figures, with edge and step 0."""
     telemetry = Telemetry()
-    telemetry.encode(_Alone(codec), x, step=0)
+    telemetry.encode(Direct(codec), x, step=0)
     telemetry.close_step()
     return telemetry.history[-1]
 
 
 @dataclass(frozen=True)
-class _Alone:
-    """The part of a Lane that measuring needs."""
+class Direct:
+    """The part of a Lane that measuring needs, for what is not an edge of a pipeline."""
 
     codec: Codec
     edge: int = 0
@@ -163,7 +163,7 @@ class Telemetry:
 
     def encode(
         self,
-        lane: Lane | _Alone,
+        lane: Lane | Direct,
         x: torch.Tensor,
         *,
         step: int,

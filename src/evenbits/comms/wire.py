@@ -31,8 +31,16 @@ _MAGIC = 0xEB
 FORWARD, BACKWARD = "forward", "backward"
 
 
-class FrameError(EvenbitsError):
-    """A message that was cut, or that is not the one this stage waits for."""
+class LinkError(EvenbitsError):
+    """A step that could not be finished, because of this rank or of another one."""
+
+
+class AgreedError(LinkError):
+    """A LinkError that every rank raises, with the same words, at the same place: none is left waiting."""
+
+
+class FrameError(LinkError):
+    """A message that was cut, or that is not the one this rank waits for."""
 
 
 @dataclass(frozen=True)
