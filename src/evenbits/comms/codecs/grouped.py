@@ -9,7 +9,8 @@ What. Elements are rounded to b-bit integers relative to a scale per group, per 
 for int1 … int8 and uint1 … uint8. `tensor` is one group, `row` one group per index of all but the last dimension,
 `gN` N neighbours of the flattened tensor: a feature map whose last dimension is 7 would otherwise pay a scale for every
 seven elements. Symmetric uint formats are for tensors without negative values. `int1` is the sign (sign.py).
-`:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`.
+`:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`
+(affine: with 2^b − 2 steps, so that no end is clipped).
 
 When it helps. Always: 5 to 30 dB more than one scale per tensor at nearly the same bits, because magnitudes differ from
 place to place (docs/codecs.md), and it costs a few passes.
@@ -147,8 +148,12 @@ class Grouped(Codec):
             u_Gg = (x_Gg - least.to(x_Gg.dtype).unsqueeze(1)) / step.float().unsqueeze(1)
             return [bytes_of(step), bytes_of(least)], u_Gg, None
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        step = self._stored(((hi - lo) / self._levels).float())
-        zero = (-lo / step.double()).round_().clamp_(0, self._levels)
+        # Rounded up or down at random, a range that sticks out of the grid at one end would be clipped there, on one
+        # side only: with a level to spare both ends lie on the grid.
+        spare = ((lo < 0) & (hi > 0)).double() if self.stochastic else torch.zeros_like(lo)
+        step = self._stored(((hi - lo) / (self._levels - spare)).float())
+        zero = -lo / step.double()
+        zero = (zero.ceil_() if self.stochastic else zero.round_()).clamp_(0, self._levels)
         packed = pack(zero.to(torch.uint8), self.dtype.bits)
         return [bytes_of(step), packed], x_Gg / step.float().unsqueeze(1), zero.to(x_Gg.dtype)
 
@@ -230,6 +235,8 @@ def grouped(spec: str) -> Codec:
     if len(set(options)) < len(options):
         raise EvenbitsError(f"{spec!r}: an option is given twice.")
     dtype, granularity = QDtype(int(match[2]), not match[1]), Granularity.parse(match[3])
+    if dtype.bits == 1 and affine and stochastic and not free:
+        raise EvenbitsError(f"{spec!r}: two levels, one of them zero, cannot hold both signs without a mean error.")
     if dtype == QDtype(1, True) and not affine:
         from evenbits.comms.codecs.sign import Sign
 

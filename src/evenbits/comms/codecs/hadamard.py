@@ -8,8 +8,8 @@ matrix, H = H₂ ⊗ … ⊗ H₂ / √m, and gives the result to the codec afte
 Each y is a sum of all x with signs, so an outlier is spread over its block and y is nearly Gaussian whatever x was.
 
 When it helps. Where a group has single large elements: with Student-t tails and int4 in groups of 128 it gains 5 dB.
-Where groups differ in magnitude but are even inside, or hold many exact zeros (ReLU), it loses, because it destroys what
-the codec could have used (docs/codecs.md): a spread is what the rotation makes, wanted or not.
+Where elements of a group lie close together or hold many exact zeros (ReLU), it loses, because it destroys what the
+codec could have used (docs/codecs.md): a spread is what the rotation makes, wanted or not.
 
 Zero. An element that is zero comes back as the block's rounding noise, unless the whole block is zero. The noise has no
 common sign, which is what matters for sums.
@@ -65,8 +65,8 @@ class Hadamard(Codec):
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
         blocks = self.inner.decode(self.checked(payload, meta), self._rotated(meta))
-        values = (blocks @ matrix(self.size, payload.device)).view(-1)[: meta.numel]
-        return restored(values, meta, torch.finfo(torch.float32).max)
+        rotated: torch.Tensor = blocks @ matrix(self.size, payload.device)
+        return restored(rotated.view(-1)[: meta.numel], meta, torch.finfo(torch.float32).max)
 
     def true_bits(self, payload: torch.Tensor, meta: Meta) -> float:
         rotated = self._rotated(meta)
@@ -79,7 +79,7 @@ def matrix(size: int, device: torch.device) -> torch.Tensor:
     made = torch.ones(1, 1, device="cpu")
     while len(made) < size:
         made = torch.cat([torch.cat([made, made], dim=1), torch.cat([made, -made], dim=1)])
-    return (made / size**0.5).to(device)
+    return made.div_(size**0.5).to(device)
 
 
 def hadamard(spec: str) -> Codec:

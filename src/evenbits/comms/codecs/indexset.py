@@ -5,9 +5,9 @@
 
 The unary halves take Σ (d >> r) + k bits, and as the gaps add up to at most n − k, never more than k + (n − k) >> r. So
 both sizes follow from n and k: the receiver can post its buffer, and the shorter one is chosen without looking at the
-indices. Rice wins where less than about a quarter is kept; at 10 % it needs 0.51 bits per element of room (0.48 used,
-the entropy is 0.47), at 1 % 0.08. With r near log2 n it never needs more than r + 1 bits for an index, so that a list
-of int32 is the shorter one for no n below 2^31, and there is none.
+indices. Rice wins where less than about a third is kept; at 10 % it needs 0.51 bits per element of room (0.48 used,
+the entropy is 0.47), at 1 % 0.09. With r near log2 n an index never needs more than r + 1 bits, so that a list of int32
+would save one byte at best for any n below 2^31, and there is none.
 
 The two halves of a Rice code are stored apart, so that packing is a few passes over whole tensors.
 Source: R. F. Rice, JPL Publication 79-22, 1979; S. W. Golomb, IEEE Trans. Inf. Theory 12, 1966.

@@ -54,12 +54,10 @@ class Lloyd(Codec):
         if meta.numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
         found = histogram(as_float32(finite(x, self.spec), self.spec), _BINS)
-        table, place_B = table_of(found, 1 << self.bits)
+        table, place_B = table_of(found, 1 << self.bits, zero=self.keeps_zero)
         codes = place_B.to(torch.int32).index_select(0, found.bins_n)
-        if self.keeps_zero:
-            zero = int(table.abs().argmin())
-            table[zero] = 0
-            codes[found.x_n == 0] = zero
+        if self.keeps_zero and bool((table == 0).any()):
+            codes[found.x_n == 0] = int(table.abs().argmin())
         return torch.cat([bytes_of(table.clamp(-_HUGE, _HUGE).float()), pack(codes, self.bits)])
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,8 +71,11 @@ class Lloyd(Codec):
         return restored(table.index_select(0, codes.int()), meta, float(table.abs().max()))
 
 
-def table_of(found: Histogram, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Histogram → the table, float64 [levels] ascending, and the place of every bin, int64 [B]."""
+def table_of(found: Histogram, levels: int, *, zero: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Histogram → the table, float64 [levels] ascending, and the place of every bin, int64 [B].
+
+    zero: whether zero, if it is in the tensor's range, has to be a number of the table.
+    """
     counts = found.counts_B.double()
     middle_B = torch.where(counts > 0, (found.least_B.double() + found.most_B.double()) / 2, 0.0)
     place_B = cube_root(found, levels)
@@ -89,10 +90,19 @@ def table_of(found: Histogram, levels: int) -> tuple[torch.Tensor, torch.Tensor]
         gaps = moved.diff().abs()
         still = (moved - table).abs().max() <= _STILL * gaps[gaps > 0].min() if bool((gaps > 0).any()) else True
         table = moved
-        place_B = torch.bucketize(middle_B, (table[1:] + table[:-1]) / 2)
+        place_B = _nearest(middle_B, table)
         if bool(still):
             break
-    return table.clone(), place_B
+    if zero and bool((found.least_B.amin() <= 0) & (found.most_B.amax() >= 0)):
+        table = table.clone()
+        table[table.abs().argmin()] = 0
+        table = table.sort().values
+        place_B = _nearest(middle_B, table)
+    return table, place_B
+
+
+def _nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return torch.bucketize(values, (table[1:] + table[:-1]) / 2)
 
 
 def lloyd(spec: str) -> Codec:

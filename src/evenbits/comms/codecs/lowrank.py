@@ -8,10 +8,13 @@ The matrix is the tensor's dimensions cut where rows + columns are fewest: [O, I
 [N·T, C] of activations. Tensors whose two factors would be no smaller than themselves (vectors, small matrices) travel
 as float32.
 
-When it helps. On weight gradients of large layers, 10 to 100 times smaller, with error feedback and a warm start: Q₀ is
-the Q of the previous step, so that over many steps the iteration converges. `encode` starts from a fixed pseudo-random
-Q₀; `encode_from` takes a warm one, and `right_factor` gives the Q of a payload, for whoever keeps state between steps.
-Activations are rarely of low rank.
+When it helps. On weight gradients of large layers, 10 to 100 times smaller, with error feedback and a start that is not
+always the same. Activations are rarely of low rank.
+
+The start. `encode_from` takes Q₀, and `right_factor` gives the Q of a payload: whoever keeps it between steps (a warm
+start) lets the iteration converge over steps. `encode` draws Q₀ from `generator`, or takes a fixed pseudo-random one if
+there is none. A fixed start must not be combined with error feedback: the error e = (1 − P Pᵀ) M is orthogonal to P, so
+e Q₀ = 0 and (M + e) Q₀ = M Q₀ for ever. The same directions are sent again and the rest never arrives.
 
 Zero. An element that is zero is not kept; a tensor of zeros is. The error is that of a projection: ‖x̂ − x‖ ≤ ‖x‖.
 
@@ -60,7 +63,11 @@ class LowRank(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        return self.encode_from(x, None)
+        meta = Meta.of(x)
+        if generator is None or self.is_plain(meta):
+            return self.encode_from(x, None)
+        columns = self.matrix_shape(meta)[1]
+        return self.encode_from(x, torch.randn(columns, self.rank, generator=generator, device=generator.device))
 
     def encode_from(self, x: torch.Tensor, start_Cr: torch.Tensor | None) -> torch.Tensor:
         """x → payload, the iteration starting from float32 [C, r] (None: the fixed start)."""

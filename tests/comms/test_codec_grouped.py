@@ -1,0 +1,156 @@
+"""Grouped integers against loops over groups in plain Python, and what is claimed of zeros, scales and rounding."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from evenbits.comms.codecs import get
+from evenbits.comms.codecs.base import Meta
+from evenbits.comms.codecs.grouped import round_down, round_up
+from evenbits.errors import EvenbitsError
+from evenbits.numerics.metrics import sqnr_db
+
+
+def _bfloat16_above(value: float) -> float:
+    """The smallest bfloat16 that is not smaller, by way of the number's own digits: 8 of them."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(math.ceil(mantissa * 256), exponent - 8)
+
+
+def _bfloat16_below(value: float) -> float:
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(math.floor(mantissa * 256), exponent - 8)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("width", [5, 32])
+def test_symmetric_codes_are_those_of_a_loop(bits: int, width: int) -> None:
+    x = torch.randn(67) * torch.exp(torch.randn(67))
+    codec = get(f"int{bits}:g{width}")
+    y = codec.decode(codec.encode(x), Meta.of(x))
+    top = 2 ** (bits - 1) - 1
+    expected = []
+    for start in range(0, 67, width):
+        group = x[start : start + width].tolist()
+        scale = _bfloat16_above(float(torch.tensor(max(map(abs, group))) / top))
+        expected += [round(value / scale) * scale for value in group]
+    torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("free", [False, True])
+def test_affine_codes_are_those_of_a_loop(bits: int, free: bool) -> None:
+    x = torch.randn(67) * torch.exp(torch.randn(67)) + 0.7
+    codec = get(f"uint{bits}:g16:affine" + (":free" if free else ""))
+    y = codec.decode(codec.encode(x), Meta.of(x))
+    levels, expected = 2**bits - 1, []
+    for start in range(0, 67, 16):
+        group = x[start : start + 16].tolist()
+        lo, hi = (_bfloat16_below(min(group)), max(group)) if free else (min(*group, 0.0), max(*group, 0.0))
+        step = _bfloat16_above(float(torch.tensor((hi - lo) / levels)))
+        zero = 0 if free else round(-lo / step)
+        places = [min(levels, max(0, round((value - lo) / step if free else value / step) + zero)) for value in group]
+        expected += [lo + place * step if free else (place - zero) * step for place in places]
+    torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_the_payload_is_scales_then_zero_points_then_codes() -> None:
+    x = torch.tensor([3.0, -1.0, 0.5, 0.0, 6.0, 14.0, 7.0])
+    symmetric = get("int4:g4").encode(x)
+    assert symmetric[:4].view(torch.bfloat16).tolist() == [_bfloat16_above(3 / 7), 2.0]
+    assert symmetric[4:].tolist() == [0xE7, 0x01, 0x73, 0x04]  # 7 −2 | 1 0 | 3 7 | 4 (3.5 to even)
+    affine = get("uint4:g4:affine").encode(x)
+    assert affine[:4].view(torch.bfloat16).tolist() == [_bfloat16_above(4 / 15), _bfloat16_above(14 / 15)]
+    assert affine[4] == 0x04  # the zero points, four bits each: 4 and 0
+    assert len(affine) == 4 + 1 + 4
+
+
+def test_rounding_to_bfloat16_goes_one_way() -> None:
+    values = torch.cat([torch.randn(1000).abs(), torch.randn(1000).abs() * 1e-30, torch.tensor([1.0, 3.0, 2.0**-126])])
+    assert round_up(values).float().tolist() == [_bfloat16_above(value) for value in values.tolist()]
+    both = torch.cat([values, -values])
+    assert round_down(both).float().tolist() == [_bfloat16_below(value) for value in both.tolist()]
+    assert bool(round_up(torch.tensor([3.4028e38])).isfinite().all())
+    assert bool(round_down(torch.tensor([-3.4028e38])).isfinite().all())
+
+
+def test_stochastic_rounding_has_no_mean_error_and_obeys_its_generator() -> None:
+    x = torch.rand(100) * 2 - 1
+    x[0] = 1
+    for spec in ("int3:tensor:stochastic", "int3:tensor:affine:stochastic"):
+        codec = get(spec)
+        generator = torch.Generator().manual_seed(0)
+        payloads = [codec.encode(x, generator=generator) for _ in range(1000)]
+        mean = torch.stack([codec.decode(payload, Meta.of(x)) for payload in payloads]).mean(dim=0)
+        assert float((mean - x).abs().max()) < 4.5 * (1 / 3 / 2) / math.sqrt(1000)
+        again = codec.encode(x, generator=torch.Generator().manual_seed(0))
+        assert again.equal(payloads[0]) and not payloads[1].equal(payloads[0])
+
+
+def test_zero_on_the_grid_is_what_removes_the_common_error() -> None:
+    """Half of a heavy-tailed gradient is zero: without zero on the grid all of it moves by one amount."""
+    x = (torch.randn(1 << 16) * torch.exp(2 * torch.randn(1 << 16))) * (torch.rand(1 << 16) > 0.5)
+    means = {}
+    for spec in ("uint8:tensor:affine", "uint8:tensor:affine:free"):
+        codec = get(spec)
+        y = codec.decode(codec.encode(x), Meta.of(x))
+        error = (y - x)[x == 0]
+        means[spec] = float(error.mean().abs())
+        assert bool((error == error[0]).all())
+    assert means["uint8:tensor:affine"] == 0
+    assert means["uint8:tensor:affine:free"] > 0
+
+
+def test_small_gradients_survive_where_half_precision_scales_would_not() -> None:
+    x = (torch.randn(64, 128) * torch.logspace(-6, -5, 64).unsqueeze(1)).flatten()
+    codec = get("int8:g128")
+    assert sqnr_db(x, codec.decode(codec.encode(x), Meta.of(x))) > 42
+    step = (x.view(-1, 128).abs().amax(dim=1) / 127).half().float()
+    in_half = ((x.view(-1, 128) / step[:, None]).round().clamp(-127, 127) * step[:, None]).flatten()
+    assert sqnr_db(x, in_half) < 36
+
+
+def test_groups_run_over_the_flattened_tensor_and_rows_do_not() -> None:
+    meta = Meta((16, 1280, 7, 7), torch.float32)
+    assert get("int8:g128").payload_bytes(meta) == meta.numel + 2 * meta.numel // 128
+    assert get("int8:row").payload_bytes(meta) == meta.numel + 2 * meta.numel // 7
+    assert get("int8:tensor").payload_bytes(meta) == meta.numel + 4
+    assert get("int8:token").spec == get("int8:channel").spec == "int8:row"
+    short = Meta((100,), torch.float32)
+    assert get("int8:g128").payload_bytes(short) == 102
+
+
+def test_unsigned_symmetric_codes_refuse_negative_values() -> None:
+    x = torch.tensor([1.0, -0.5])
+    with pytest.raises(EvenbitsError, match=r"smallest: -0.5\); use 'int4:g32', or 'uint4:g32:affine'"):
+        get("uint4:g32").encode(x)
+
+
+def test_float64_beyond_float32_is_refused() -> None:
+    with pytest.raises(EvenbitsError, match="works in float32"):
+        get("int8:g32").encode(torch.tensor([1e300, 1.0], dtype=torch.float64))
+
+
+def test_a_scale_that_no_encoder_writes_is_refused() -> None:
+    codec, meta = get("int8:g4"), Meta((8,), torch.float32)
+    payload = codec.encode(torch.ones(8))
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        payload[:2] = torch.tensor([scale], dtype=torch.bfloat16).view(torch.uint8)
+        with pytest.raises(EvenbitsError, match="scale is not positive"):
+            codec.decode(payload, meta)
+
+
+def test_a_million_elements_take_milliseconds() -> None:
+    """Loose enough for a busy machine: a search over scales or a loop over groups would take ten times as long."""
+    x = torch.randn(1 << 20)
+    for spec in ("int8:g128", "int4:g128", "int5:g128:affine"):
+        codec, times = get(spec), []
+        for _ in range(8):
+            start = time.perf_counter()
+            codec.decode(codec.encode(x), Meta.of(x))
+            times.append(time.perf_counter() - start)
+        assert min(times) < 0.06, f"{spec}: {min(times) * 1e3:.1f} ms"
