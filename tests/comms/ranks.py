@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.pipelining", "evenbits.comms.stages"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.pipelining", "evenbits.comms.stages", "evenbits.comms.ddp", "evenbits.comms.fsdp"]
+)
 
 Result = tuple[str, Any]
 

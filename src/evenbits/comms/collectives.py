@@ -13,6 +13,8 @@ ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -99,3 +101,17 @@ def _checked(frames: list[torch.Tensor], sequence: int, fault: str) -> list[torc
             "the last checkpoint with a lower learning rate or loss scale."
         )
     return parts
+
+
+def raise_at_the_end(take: Callable[[], AgreedError | None]) -> None:
+    """Raise what `take` returns, if anything, when the current backward pass has ended, from `backward()` itself. DDP
+    and FSDP queue their own ends during the pass; a callback that queues a callback comes after them.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+
+    def last() -> None:
+        fault = take()
+        if fault is not None:
+            raise fault
+
+    queue(lambda: queue(last))

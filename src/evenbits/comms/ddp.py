@@ -26,7 +26,7 @@ buckets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -37,7 +37,7 @@ from torch import nn
 
 from evenbits.comms.codecs import Codec, get
 from evenbits.comms.codecs.base import Meta
-from evenbits.comms.collectives import aligned, exchange, gather, joined, parted
+from evenbits.comms.collectives import aligned, exchange, gather, joined, parted, raise_at_the_end
 from evenbits.comms.feedback import ErrorFeedback
 from evenbits.comms.handshake import agree_on
 from evenbits.comms.telemetry import Direct, Telemetry
@@ -160,13 +160,12 @@ class QuantizedReduce:
             if self.telemetry is not None:
                 self.telemetry.close_step()
             if self._fault is not None:
-                _at_the_end(self._raise)
+                raise_at_the_end(self._take_fault)
         return buffer
 
-    def _raise(self) -> None:
+    def _take_fault(self) -> AgreedError | None:
         fault, self._fault = self._fault, None
-        if fault is not None:
-            raise fault
+        return fault
 
     def _reduce(self, bucket: Any) -> None:
         pieces = [self._piece(p, g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)]
@@ -278,14 +277,6 @@ def reduce_bucket(state: QuantizedReduce, bucket: Any) -> torch.futures.Future[t
     )
     future.set_result(state.reduce(bucket))
     return future
-
-
-def _at_the_end(act: Callable[[], None]) -> None:
-    """Call `act` when this backward pass has ended. DDP queues its own end after the last bucket's hook has returned; a
-    callback that queues a callback comes after it.
-    """
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(lambda: queue(act))
 
 
 # DDP compares annotations with the classes themselves; here they are strings.
