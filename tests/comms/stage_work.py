@@ -210,3 +210,32 @@ def middles(rank: int, world: int) -> Any:
     parts = [Middle(), Last()]
     stage = CodecStage(parts[rank], rank, world, torch.device("cpu"), codec="top0.5+int8:g16")
     return stage._refuses()
+
+
+def order(rank: int, world: int, schedule: str) -> Any:
+    """The order in which this rank computes, as observed."""
+    line = Pipeline(schedule, rank, world, codec="raw")
+    stage, found = line.stages[0], []
+
+    def noted(direction: str, whole: Any) -> Any:
+        def call(microbatch: int, *args: Any, **options: Any) -> Any:
+            found.append((direction, microbatch))
+            return whole(microbatch, *args, **options)
+
+        return call
+
+    stage.forward_one_chunk = noted("forward", stage.forward_one_chunk)
+    stage.backward_one_chunk = noted("backward", stage.backward_one_chunk)
+    line.step(*batch(0))
+    return found
+
+
+def ahead(rank: int, world: int, schedules: list[str], codec: str) -> Any:
+    """The same run with receives posted by the schedule and up to five microbatches ahead."""
+    return {
+        name: [train(rank, world, name, 2, codec=codec, ahead=near) for near in (None, 0, 1, 5)] for name in schedules
+    }
+
+
+def wrong_ahead(rank: int, world: int) -> Any:
+    Pipeline("1F1B", rank, world, codec="raw", ahead=-1)

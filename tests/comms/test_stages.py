@@ -125,3 +125,13 @@ def test_edges_are_spelled() -> None:
     for wrong in ("int8:g128/int8:g128/raw", "", "nonsense/raw", 8):
         with pytest.raises(EvenbitsError):
             Edge.of(wrong)  # type: ignore[arg-type]
+
+
+def test_receives_may_be_posted_ahead_under_every_schedule() -> None:
+    """Losses, gradients and bytes do not depend on it; with index sets, gradients wait for theirs."""
+    for codec in ("int4:g16/int8:g16", "int8:g16/top0.5+raw"):
+        for by_schedule in values(run(stage_work.ahead, 2, list(SCHEDULES), codec)):
+            for name, runs in by_schedule.items():
+                assert all(other == runs[0] for other in runs[1:]), (codec, name)
+    for kind, text in run(stage_work.wrong_ahead, 2):
+        assert kind == "EvenbitsError" and "ahead is 'auto', None, or a number" in text

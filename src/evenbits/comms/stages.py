@@ -48,6 +48,10 @@ class CodecStage(PipelineStage):
     telemetry: measures what the codecs do to this rank's outgoing tensors (comms/telemetry.py).
     guard: warns, or raises the bits, when the measured error becomes dangerous (comms/guard.py); needs telemetry.
     timeout: seconds to wait for the other stages' cards before the first step.
+    ahead: how many microbatches ahead of its need a receive is posted; None leaves it to the schedule, as NCCL needs
+        it. gloo announces a receive on the connection that also carries the data going that way, and 1F1B posts its
+        sends
+        first: without this, activations and gradients take turns on a link that could carry both at once.
 
     Before the first step all stages compare codecs, versions and shapes and raise EvenbitsError together if they
     differ; an edge that would prune the output of an embedding is refused there too unless `Edge.prune_embeddings` is
@@ -65,9 +69,12 @@ class CodecStage(PipelineStage):
         telemetry: Telemetry | None = None,
         guard: Guard | None = None,
         timeout: float = 60.0,
+        ahead: int | str | None = "auto",
         **options: Any,
     ) -> None:
         super().__init__(submodule, stage_index, num_stages, device, **options)
+        self.ahead = _ahead(ahead, dist.get_backend(self.group))
+        self._works: dict[tuple[str, int], list[dist.Work]] = {}
         if guard is not None and telemetry is None:
             raise EvenbitsError("a guard judges what telemetry measures; give the stage a Telemetry too.")
         self.edges = {i: edge_of(codec, i) for i in (stage_index - 1, stage_index) if 0 <= i < num_stages - 1}
@@ -102,35 +109,23 @@ class CodecStage(PipelineStage):
     # What a schedule asks for
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Receive the packed activations of one microbatch."""
-        edge = self.stage_index - 1
-        return [
-            self._op(dist.irecv, self.courier.buffer(edge, FORWARD, fwd_chunk_id, slot, info.tensor_meta), edge)
-            for slot, info in enumerate(self.args_recv_info[fwd_chunk_id])
-            if not info.is_root_arg
-        ]
+        """Receive the packed activations of one microbatch; nothing is left to do for those that are posted already."""
+        return [] if self.is_first else self._receive(FORWARD, fwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Encode and send the outputs of one microbatch."""
         if self.is_last:
             return []
         outputs, _ = self.fwd_cache[fwd_chunk_id]
-        edge = self.stage_index
-        return [
-            self._op(dist.isend, self.courier.frame(edge, FORWARD, fwd_chunk_id, slot, out), edge + 1)
-            for slot, out in enumerate(outputs)
-        ]
+        edge, ops = self.stage_index, []
+        for slot, out in enumerate(outputs):
+            frame = self.courier.frame(edge, FORWARD, fwd_chunk_id, slot, out)
+            ops.append(self._op(dist.isend, edge, FORWARD, fwd_chunk_id, slot, frame))
+        return ops
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Receive the packed gradients of one microbatch."""
-        if not self.has_backward or self.is_last:
-            return []
-        edge = self.stage_index
-        return [
-            self._op(dist.irecv, self.courier.buffer(edge, BACKWARD, bwd_chunk_id, slot, info.tensor_meta), edge + 1)
-            for slot, info in enumerate(self.grad_recv_info[bwd_chunk_id])
-            if info.tensor_meta is not None
-        ]
+        """Receive the packed gradients of one microbatch; nothing is left to do for those that are posted already."""
+        return [] if not self.has_backward or self.is_last else self._receive(BACKWARD, bwd_chunk_id)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Encode and send the gradients of one microbatch."""
@@ -144,15 +139,51 @@ class CodecStage(PipelineStage):
                 continue
             if grad is None:  # The neighbour waits for a gradient wherever one was announced.
                 grad = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=self.device)
-            ops.append(self._op(dist.isend, self.courier.frame(edge, BACKWARD, bwd_chunk_id, slot, grad), edge))
+            frame = self.courier.frame(edge, BACKWARD, bwd_chunk_id, slot, grad)
+            ops.append(self._op(dist.isend, edge, BACKWARD, bwd_chunk_id, slot, frame))
         return ops
 
-    def _op(self, kind: Any, frame: torch.Tensor, stage: int) -> dist.P2POp:
-        return dist.P2POp(kind, frame, self._resolve_peer_global_rank(stage), self.group)
+    def _op(self, kind: Any, edge: int, direction: str, chunk: int, slot: int, frame: torch.Tensor) -> dist.P2POp:
+        """The tag names the message, so that receives may be posted in another order than sends (NCCL has no tags)."""
+        peer = edge if edge != self.stage_index else edge + 1
+        tag = (edge << 1 | (direction == BACKWARD)) << 16 | chunk << 4 | slot & 0xF
+        return dist.P2POp(kind, frame, self._resolve_peer_global_rank(peer), self.group, tag)
+
+    def _receive(self, direction: str, chunk: int) -> list[dist.P2POp]:
+        """The operations of one microbatch, or none after posting it and those ahead of it here."""
+        if self.ahead is None:
+            return self._receives(direction, chunk)
+        for near in range(chunk, min(chunk + self.ahead, len(self.args_recv_info) - 1) + 1):
+            # The size of a gradient on the forward's index set is known once that activation was sent.
+            if (direction, near) in self._works or (near > chunk and self._waits_for_mask(direction)):
+                continue
+            ops = self._receives(direction, near)
+            self._works[direction, near] = [
+                work for op in ops if (work := dist.irecv(op.tensor, op.peer, op.group, op.tag)) is not None
+            ]
+        return []
+
+    def _receives(self, direction: str, chunk: int) -> list[dist.P2POp]:
+        edge = self.stage_index - 1 if direction == FORWARD else self.stage_index
+        infos = (self.args_recv_info if direction == FORWARD else self.grad_recv_info)[chunk]
+        return [
+            self._op(dist.irecv, edge, direction, chunk, slot, self.courier.buffer(edge, direction, chunk, slot, meta))
+            for slot, meta in enumerate(info.tensor_meta for info in infos)
+            if meta is not None
+        ]
+
+    def _waits_for_mask(self, direction: str) -> bool:
+        return direction == BACKWARD and self.courier.lanes[self.stage_index, BACKWARD].codec.keeps_mask
+
+    def _arrived(self, direction: str, chunk: int) -> None:
+        """Wait for what this stage has posted itself; the schedule waits for the rest."""
+        for work in self._works.pop((direction, chunk), ()):
+            work.wait()
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         if self._here(self.stage_index - 1):
             return super()._retrieve_recv_activations(fwd_chunk_id)
+        self._arrived(FORWARD, fwd_chunk_id)
         learns = self.has_backward and torch.is_grad_enabled()
         return tuple(
             self.courier.read(self.stage_index - 1, FORWARD, fwd_chunk_id, slot, meta).requires_grad_(
@@ -164,6 +195,7 @@ class CodecStage(PipelineStage):
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
         if self._here(self.stage_index + 1):
             return super()._retrieve_recv_grads(bwd_chunk_id)
+        self._arrived(BACKWARD, bwd_chunk_id)
         return tuple(
             info.tensor_meta and self.courier.read(self.stage_index, BACKWARD, bwd_chunk_id, slot, info.tensor_meta)
             for slot, info in enumerate(self.grad_recv_info[bwd_chunk_id])
@@ -177,6 +209,7 @@ class CodecStage(PipelineStage):
         self.desk.begin(self.stage_index)
         self.courier.learns = self.has_backward
         self.courier.begin()
+        self._works.clear()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """A step ends: before gradients are used, all ranks hear whether one of them met a fault. Raises LinkError."""
@@ -250,3 +283,15 @@ class CodecStage(PipelineStage):
             f"codec {prunes[0]!r} would prune the output of a stage that holds an embedding, where small values carry "
             "the words; use a dense codec on edge 0, or ask for it with Edge(..., prune_embeddings=True)"
         )
+
+
+def _ahead(given: int | str | None, backend: str) -> int | None:
+    """How far ahead receives are posted; "auto" is 1 on gloo and None elsewhere. Raises EvenbitsError for the rest."""
+    if given == "auto":
+        return 1 if backend == "gloo" else None
+    if given is None or (isinstance(given, int) and given >= 0 and backend == "gloo"):
+        return None if given is None else int(given)
+    raise EvenbitsError(
+        "ahead is 'auto', None, or a number of microbatches on gloo (other back ends post sends and receives "
+        f"together); given {given!r} on {backend}."
+    )
