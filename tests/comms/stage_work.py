@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pipelines import BATCH, LENGTH, MICROBATCHES, WIDTH, Last, Middle, Pipeline, batch, loss_of, modules
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B
+from torch.nn.parallel import DistributedDataParallel
 
 from evenbits.comms.codecs import get
 from evenbits.comms.codecs.base import Meta
+from evenbits.comms.ddp import QuantizedReduce
 from evenbits.comms.stages import CodecStage
+from evenbits.comms.telemetry import Telemetry
 from evenbits.comms.wire import Edge
 
 
@@ -235,6 +239,31 @@ def ahead(rank: int, world: int, schedules: list[str], codec: str) -> Any:
     return {
         name: [train(rank, world, name, 2, codec=codec, ahead=near) for near in (None, 0, 1, 5)] for name in schedules
     }
+
+
+def both_ways(rank: int, world: int, codec: str) -> Any:
+    """Two pipelines of two stages side by side, each stage in DDP with coded gradients: ranks 0-1 and 2-3."""
+    lines, pairs = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
+    pipes = [dist.new_group(ranks) for ranks in lines]
+    doubles = [dist.new_group(ranks) for ranks in pairs]
+    pipe, double = pipes[rank // 2], doubles[rank % 2]
+    parts: list[Any] = modules(2)
+    parts[rank % 2] = DistributedDataParallel(parts[rank % 2], process_group=double)
+    hook = QuantizedReduce(parts[rank % 2], codec=codec, small=8, group=double)
+    hook.register(parts[rank % 2])
+    line = Pipeline("1F1B", rank % 2, 2, parts=parts, codec=codec, group=pipe)
+    losses = [line.step(*batch(10 * step + rank // 2)) for step in range(4)]
+    return losses, line.digest(), hook.bytes_sent
+
+
+def measured(rank: int, world: int, folder: str) -> Any:
+    """A run with telemetry in a file per rank."""
+    telemetry = Telemetry(f"{folder}/{rank}.jsonl", every=2)
+    line = Pipeline("1F1B", rank, world, codec="int4:g16/int8:g16", telemetry=telemetry)
+    for step in range(5):
+        line.step(*batch(step))
+    telemetry.close()
+    return line.stages[0].bytes_sent(), telemetry.summary()
 
 
 def wrong_ahead(rank: int, world: int) -> Any:

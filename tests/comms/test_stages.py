@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import stage_work
 import torch
 from pipelines import BATCH, LENGTH, MICROBATCHES, SCHEDULES, WIDTH
 from ranks import run, values
+from torch.distributed.pipelining import PipelineStage
 
 from evenbits.comms.codecs import get
 from evenbits.comms.codecs.base import Meta
+from evenbits.comms.stages import CodecStage
 from evenbits.comms.wire import TRAILER, Edge
 from evenbits.errors import EvenbitsError
 
@@ -127,11 +132,49 @@ def test_edges_are_spelled() -> None:
             Edge.of(wrong)  # type: ignore[arg-type]
 
 
-def test_receives_may_be_posted_ahead_under_every_schedule() -> None:
+def check_ahead(schedules: list[str], codec: str | Edge) -> None:
+    for by_schedule in values(run(stage_work.ahead, 2, schedules, codec)):
+        assert set(by_schedule) == set(schedules)
+        for name, runs in by_schedule.items():
+            assert all(other == runs[0] for other in runs[1:]), (codec, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["int4:g16/int8:g16", "int8:g16/top0.5+raw", "top0.5+int8:g16/top0.5+raw"])
+def test_receives_may_be_posted_ahead_under_all_five_schedules(codec: str) -> None:
+    edge = Edge.of(codec)
+    check_ahead(list(SCHEDULES), Edge(edge.forward, edge.backward, prune_embeddings=True))
+
+
+def test_receives_may_be_posted_ahead() -> None:
     """Losses, gradients and bytes do not depend on it; with index sets, gradients wait for theirs."""
-    for codec in ("int4:g16/int8:g16", "int8:g16/top0.5+raw"):
-        for by_schedule in values(run(stage_work.ahead, 2, list(SCHEDULES), codec)):
-            for name, runs in by_schedule.items():
-                assert all(other == runs[0] for other in runs[1:]), (codec, name)
+    check_ahead(["1F1B", "ZBVZeroBubble"], "int4:g16/top0.5+raw")
     for kind, text in run(stage_work.wrong_ahead, 2):
         assert kind == "EvenbitsError" and "ahead is 'auto', None, or a number" in text
+
+
+def test_pipelines_side_by_side_with_coded_data_parallel_gradients() -> None:
+    results = values(run(stage_work.both_ways, 4, "int8:g16"))
+    assert results[0][1] == results[2][1] and results[1][1] == results[3][1], "replicas stay equal"
+    assert results[1][0] != results[3][0], "they saw different batches"
+    for losses in (results[1][0], results[3][0]):
+        assert sum(losses[-1]) < sum(losses[0])
+    assert all(sent > 0 for _, _, sent in results)
+
+
+def test_telemetry_of_a_pipeline_is_what_was_sent(tmp_path: Path) -> None:
+    """Steps 0, 2 and 4 of five are measured."""
+    for rank, (sent, summary) in enumerate(values(run(stage_work.measured, 2, str(tmp_path)))):
+        lines = [json.loads(line) for line in (tmp_path / f"{rank}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 2, 4]
+        direction, codec = [("forward", "int4:g16"), ("backward", "int8:g16")][rank]
+        assert all((line["edge"], line["direction"], line["codec"]) == (0, direction, codec) for line in lines)
+        assert sum(line["bytes"] for line in lines) * 5 == sent * 3
+        assert all(line["messages"] == MICROBATCHES and 10 < line["snr_db"] < 60 for line in lines)
+        assert codec in summary
+
+
+def test_a_torch_with_another_stage_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(PipelineStage, "_post_metadata_inference_cleanup")
+    with pytest.raises(EvenbitsError, match="has another PipelineStage"):
+        CodecStage(torch.nn.Linear(2, 2), 0, 2, torch.device("cpu"))

@@ -65,7 +65,9 @@ class Fault:
 
 @dataclass
 class Desk:
-    """What the stages of one process share: their cards, the faults of this step, and who has finished it."""
+    """What the stages of one process share: their cards, the faults of this step, who has finished it, and the receives
+    that each has posted.
+    """
 
     group: dist.ProcessGroup | None
     device: torch.device
@@ -73,6 +75,7 @@ class Desk:
     fault: int = 0
     detail: str = ""
     finished: set[int] = field(default_factory=set)
+    works: list[dict[Any, Any]] = field(default_factory=list)
 
     def begin(self, stage: int) -> None:
         """A step begins; what an interrupted one left is forgotten."""
@@ -171,8 +174,13 @@ def _write(store: Store, rank: int, text: str) -> bool:
 
 
 def _close(error: BaseException) -> None:
-    """Drop this rank's connections. Frames of the failed step hold references to the group, which would keep them."""
+    """Drop this rank's connections. The frames of the failed step and the receives that stages have posted hold
+    references to the group, which would keep it.
+    """
     traceback.clear_frames(error.__traceback__)
+    for desk in _DESKS.values():
+        for posted in desk.works:
+            posted.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     for desk in _DESKS.values():

@@ -39,6 +39,17 @@ from evenbits.comms.telemetry import Telemetry
 from evenbits.comms.wire import BACKWARD, FORWARD, Edge, edge_of
 from evenbits.errors import EvenbitsError
 
+# What is overridden or read beyond the documented methods: a torch without one of these must not be used half.
+_NEEDED = (
+    "_retrieve_recv_activations",
+    "_retrieve_recv_grads",
+    "_setup_forward_recv_info",
+    "_create_grad_recv_info",
+    "_get_grad_send_meta",
+    "_post_metadata_inference_cleanup",
+    "_resolve_peer_global_rank",
+)
+
 
 class CodecStage(PipelineStage):
     """PipelineStage with a codec per edge and direction.
@@ -72,6 +83,12 @@ class CodecStage(PipelineStage):
         ahead: int | str | None = "auto",
         **options: Any,
     ) -> None:
+        missing = [name for name in _NEEDED if not hasattr(PipelineStage, name)]
+        if missing:
+            raise EvenbitsError(
+                f"torch {torch.__version__} has another PipelineStage (without {', '.join(missing)}); CodecStage was "
+                "written for torch 2.13. comms/carrier.py needs nothing of it."
+            )
         super().__init__(submodule, stage_index, num_stages, device, **options)
         self.ahead = _ahead(ahead, dist.get_backend(self.group))
         self._works: dict[tuple[str, int], list[dist.Work]] = {}
@@ -79,6 +96,7 @@ class CodecStage(PipelineStage):
             raise EvenbitsError("a guard judges what telemetry measures; give the stage a Telemetry too.")
         self.edges = {i: edge_of(codec, i) for i in (stage_index - 1, stage_index) if 0 <= i < num_stages - 1}
         self.desk = desk_of(self.group, self.device)
+        self.desk.works.append(self._works)
         self.courier = Courier(stage_index, self.edges, self.device, self.desk, telemetry, guard)
         self._timeout = timedelta(seconds=timeout)
 
