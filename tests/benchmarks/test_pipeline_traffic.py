@@ -1,4 +1,4 @@
-"""The traffic benchmark runs, its bytes are those the kernel counts, and its model's times are near the measured ones."""
+"""The traffic benchmark: its bytes are those the kernel counts, and its model's times are near the measured ones."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def rows(*options: str) -> list[dict[str, Any]]:
 def test_paced_sends_on_loopback() -> None:
     """Anywhere: no namespaces, nothing counted by the kernel."""
     small = ["--width", "64", "--batch", "16", "--steps", "2", "--codecs", "stock,raw,int4:g64", "--schedules", "1F1B"]
-    found = {
-        r["codec"]: r for r in rows("--local", "--rates", "50e6", "--port", "29431", *small) if r["microbatches"] == 8
-    }
+    made = rows("--local", "--rates", "50e6", "--port", "29431", *small)
+    found = {r["codec"]: r for r in made if r["microbatches"] == 8}
     assert all(r["ratio"] is None for r in found.values())
     assert found["raw"]["loss"] == found["stock"]["loss"]
     assert found["int4:g64"]["reported"] < found["stock"]["reported"] / 7

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -65,8 +66,8 @@ class Fault:
 
 @dataclass
 class Desk:
-    """What the stages of one process share: their cards, the faults of this step, who has finished it, and the receives
-    that each has posted.
+    """What the stages of one process share: their cards, the faults of this step, who has finished it, and the stages
+    themselves.
     """
 
     group: dist.ProcessGroup | None
@@ -75,7 +76,7 @@ class Desk:
     fault: int = 0
     detail: str = ""
     finished: set[int] = field(default_factory=set)
-    works: list[dict[Any, Any]] = field(default_factory=list)
+    stages: WeakSet[Any] = field(default_factory=WeakSet)
 
     def begin(self, stage: int) -> None:
         """A step begins; what an interrupted one left is forgotten."""
@@ -179,8 +180,8 @@ def _close(error: BaseException) -> None:
     """
     traceback.clear_frames(error.__traceback__)
     for desk in _DESKS.values():
-        for posted in desk.works:
-            posted.clear()
+        for stage in desk.stages:
+            stage.drop_receives()
     if dist.is_initialized():
         dist.destroy_process_group()
     for desk in _DESKS.values():

@@ -96,7 +96,7 @@ class CodecStage(PipelineStage):
             raise EvenbitsError("a guard judges what telemetry measures; give the stage a Telemetry too.")
         self.edges = {i: edge_of(codec, i) for i in (stage_index - 1, stage_index) if 0 <= i < num_stages - 1}
         self.desk = desk_of(self.group, self.device)
-        self.desk.works.append(self._works)
+        self.desk.stages.add(self)
         self.courier = Courier(stage_index, self.edges, self.device, self.desk, telemetry, guard)
         self._timeout = timedelta(seconds=timeout)
 
@@ -193,6 +193,10 @@ class CodecStage(PipelineStage):
     def _waits_for_mask(self, direction: str) -> bool:
         return direction == BACKWARD and self.courier.lanes[self.stage_index, BACKWARD].codec.keeps_mask
 
+    def drop_receives(self) -> None:
+        """Forget what this stage has posted itself: a step begins, or the connections are being closed."""
+        self._works.clear()
+
     def _arrived(self, direction: str, chunk: int) -> None:
         """Wait for what this stage has posted itself; the schedule waits for the rest."""
         for work in self._works.pop((direction, chunk), ()):
@@ -227,7 +231,7 @@ class CodecStage(PipelineStage):
         self.desk.begin(self.stage_index)
         self.courier.learns = self.has_backward
         self.courier.begin()
-        self._works.clear()
+        self.drop_receives()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """A step ends: before gradients are used, all ranks hear whether one of them met a fault. Raises LinkError."""
