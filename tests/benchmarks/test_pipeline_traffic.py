@@ -54,3 +54,17 @@ def test_a_throttled_link_between_namespaces() -> None:
     assert by["GPipe", "int8:g128", 8]["best"] < stock["best"] / 2
     # The link is most of the stock step, so the model must come near it on any machine.
     assert 0.8 < stock["predicted"] / stock["engine"] < 1.2
+
+
+@pytest.mark.slow
+def test_break_even_and_scale() -> None:
+    command = [sys.executable, "benchmarks/pipeline_scale.py", "--json", "--rows", "256", "--stages", "2,64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    _, *found = (json.loads(line) for line in done.stdout.splitlines())
+    costs = {r["codec"]: r for r in found if "bits" in r}
+    steps = {(r["codec"], r["stages"], r["rate"]): r["seconds"] for r in found if "stages" in r}
+    assert costs["raw"]["break_even_mbit"] == 0 < costs["int8:g128"]["break_even_mbit"]
+    for stages in (2, 64):
+        assert steps["int4:g128", stages, 20e6] < steps["raw", stages, 20e6]
+        assert steps["raw", stages, 1e9] < steps["raw", stages, 20e6]

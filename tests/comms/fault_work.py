@@ -85,9 +85,17 @@ def not_finite(rank: int, world: int, schedule: str, where: int, way: str) -> An
 
 
 def cut(rank: int, world: int, direction: str) -> Any:
-    """One frame arrives without its last 40 bytes."""
-    line = Pipeline("1F1B", rank, world, codec="int8:g16")
+    """One frame arrives without its last 40 bytes, in a step that announces the next rung of both ladders."""
+    line = Pipeline("1F1B", rank, world, codec="int8:g16>int4:g16")
     courier, seen = line.stages[0].courier, 0
+    begin = courier.begin
+
+    def climbing() -> None:
+        begin()
+        for lane in courier.outgoing():
+            lane.following = 1 if courier.step == 1 else lane.level
+
+    courier.begin = climbing
     whole = courier.frame
 
     def shorter(edge: int, way: str, microbatch: int, slot: int, x: torch.Tensor) -> torch.Tensor:
@@ -100,6 +108,7 @@ def cut(rank: int, world: int, direction: str) -> Any:
 
     courier.frame = shorter
     found = attempts(line, 3)
+    assert all(lane.level == 0 for lane in courier.lanes.values()), "a failed step changes no rung"
     assert seen == (1 if (direction == "forward") == (rank == 0) else 0)
     return found
 

@@ -97,3 +97,14 @@ def test_summary_has_a_line_per_lane_and_only_asked_steps_are_measured() -> None
     assert "DC" in head and len(rows) == 2 and all("int4:g16" in row for row in rows)
     with pytest.raises(EvenbitsError, match="at least 1"):
         Telemetry(every=0)
+
+
+def test_nan_is_written_as_null_and_a_tensor_that_could_not_be_coded_not_at_all(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path / "figures.jsonl")
+    x = torch.tensor([1.0, float("nan")])
+    telemetry.encode(Lane(0, "forward", ("raw",)), x, step=0)
+    with pytest.raises(EvenbitsError, match="NaN or infinite"):
+        telemetry.encode(Lane(1, "forward", ("int8:g16",)), x, step=0)
+    telemetry.close()
+    (line,) = [json.loads(text) for text in (tmp_path / "figures.jsonl").read_text().splitlines()]
+    assert line["edge"] == 0 and line["relative_l2"] is None and line["messages"] == 1

@@ -79,6 +79,11 @@ class Courier:
         self._masks.clear()
         self._sick.clear()
 
+    def stay(self) -> None:
+        """The step failed: no rung changes, since an announcement may not have arrived."""
+        for lane in self.lanes.values():
+            lane.following = lane.level
+
     def outgoing(self) -> list[Lane]:
         """The lanes this stage sends on, and so decides about: forward after it, backward before it."""
         mine = {(self.stage, FORWARD), (self.stage - 1, BACKWARD)}

@@ -7,7 +7,7 @@ Three kinds, three ways to the same end.
    frames, which arrive as NaN, and the step runs to its end. There all ranks of the pipeline exchange one number
    (`Desk.agree`, a maximum over 8 bytes) and all raise before any optimizer has stepped: parameters and
    optimizer are those of the last good step, so the caller may load a checkpoint, or drop the batch
-   (`one_error(schedule)` makes the schedule forget it).
+   (`one_error(schedule)` makes the schedule forget it). With codec "raw" NaN travels, as with the stock stage.
 2. A process that dies, a link that stalls, an exception in the model. `one_error()` around the step turns what the
    process group raises into a LinkError, writes the rank's reason into the job's store, and closes this rank's
    connections, which wakes the ranks that wait for it; they do the same in turn. gloo cannot be woken otherwise (its
@@ -100,6 +100,8 @@ class Desk:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.group)
         code = int(worst.item())
         if code:
+            for each in self.stages:
+                each.courier.stay()
             own = f" ({self.detail})" if self.fault == code else ""
             raise AgreedError(
                 f"{Fault.of(code)}{own}. No rank has stepped its optimizer: drop this batch, or continue from the last "

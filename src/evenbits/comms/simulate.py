@@ -99,11 +99,10 @@ def timed(spec: str, x: torch.Tensor, repeats: int = 5) -> Timing:
     return Timing(min(encode), min(decode), payload.numel() + TRAILER)
 
 
-def break_even(spec: str, x: torch.Tensor, against: str = "raw", repeats: int = 5) -> float:
-    """Bit per second below which a codec moves a tensor like x faster than another one: infinite if it is both smaller
-    and quicker to code, 0 if it is not smaller.
+def break_even(mine: Timing, other: Timing) -> float:
+    """Bit per second below which one codec moves a tensor faster than another (both `timed` on it): infinite if it is
+    both smaller and quicker to code, 0 if it is not smaller.
     """
-    mine, other = timed(spec, x, repeats), timed(against, x, repeats)
     saved, extra = other.nbytes - mine.nbytes, mine.encode + mine.decode - other.encode - other.decode
     if saved <= 0:
         return 0.0

@@ -189,6 +189,8 @@ class Telemetry:
     def close_step(self) -> None:
         """The step is over: its sums become figures, and lines."""
         for (step, edge, direction, codec), sums in sorted(self._open.items()):
+            if not sums.messages:  # None of them could be coded.
+                continue
             figures = sums.figures(step, edge, direction, codec)
             self._last[edge, direction] = figures
             self.history.append(figures)
@@ -209,7 +211,8 @@ class Telemetry:
             return
         if self._file is None:
             self._file = Path(self.path).open("a", encoding="utf-8")
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
