@@ -15,11 +15,14 @@ import evenbits
 from evenbits.comms.codecs import CODECS, Codec, get
 from evenbits.comms.codecs.base import FLOATS, Meta
 from evenbits.errors import EvenbitsError
+from evenbits.numerics.metrics import sqnr_db
 
 GROUPED = [
     *(f"int{bits}:{grain}" for bits in range(2, 9) for grain in ("g32", "row")),
     *("int8:tensor", "int4:g128", "int3:tensor", "int8:g1", "int4:g7:stochastic", "int4:row:affine:stochastic"),
     *(f"{u}int{bits}:g32:affine" for bits in range(1, 9) for u in ("", "u")),
+    *(f"uint{bits}:g32:offset" for bits in range(1, 9)),
+    *("int4:row:offset:stochastic", "int8:tensor:offset", "uint4:g7:offset"),
     *("int8:tensor:affine", "uint8:row:affine", "uint8:tensor:affine:free", "int4:g32:affine:free"),
     *("uint1:g64:affine:free", "uint1:row:affine:free", "int5:tensor:affine:free:stochastic"),
 ]
@@ -100,6 +103,8 @@ def grouped_bound(x: torch.Tensor, spec: str) -> torch.Tensor:
         if "free" in options:
             slack = abs(lo) * 2**-7
             step = (hi - lo + slack) / levels
+        elif "offset" in options:
+            step = max((hi - lo) / max(1, levels - ("stochastic" in options)), max(hi, -lo) / 32000)
         elif "affine" in options:
             step = (max(hi, 0) - min(lo, 0)) / (levels - ("stochastic" in options))
         else:
@@ -306,6 +311,17 @@ def test_a_payload_inside_a_larger_message_is_read_where_it_lies(spec: str) -> N
     assert codec.decode(message[3 : 3 + len(payload)], meta).equal(codec.decode(payload, meta))
 
 
+@pytest.mark.parametrize(
+    "spec",
+    ["int4:g128", "uint5:g128:offset", "sign:g128", "fp8", "multi6x4", "multi4x16:dp", "top0.1+int8:g128", "lloyd4"],
+)
+def test_large_and_odd_tensors_keep_what_small_ones_do(spec: str) -> None:
+    large = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0))
+    small = large[: 1 << 14]
+    quality = [sqnr_db(x, sent(x, spec)[1]) for x in (large, small)]
+    assert quality[0] == pytest.approx(quality[1], abs=1.5) and quality[0] > 2
+
+
 @pytest.mark.parametrize("spec", EVERY)
 def test_what_has_no_elements_needs_no_bytes(spec: str) -> None:
     assert get(spec).payload_bytes(Meta((0, 5), torch.float32)) == 0
@@ -325,10 +341,13 @@ def test_what_was_decoded_is_coded_without_loss(spec: str, x: torch.Tensor) -> N
         ("int9:row", "Did you mean 'int8'"),
         ("int4", "TYPE:GRANULARITY"),
         ("int4:g0", "unknown granularity"),
-        ("int4:g128:free", "belongs to affine"),
-        ("int4:g128:affine:affine", "twice"),
+        ("int4:g128:free", "the grid of integers is"),
+        ("int4:g128:affine:affine", "given once"),
+        ("int4:g128:affine:offset", "the grid of integers is"),
+        ("int4:g128:stochastic:stochastic", "given once"),
         ("int1:g128:stochastic", "no fraction"),
         ("uint1:g128:affine:stochastic", "both signs"),
+        ("uint1:g128:offset:stochastic", "both signs"),
         ("int4:g128+raw", "nothing may follow"),
         ("multi8x3", "multiBxP"),
         ("multi9x8", "multiBxP"),

@@ -58,6 +58,34 @@ def test_affine_codes_are_those_of_a_loop(bits: int, free: bool) -> None:
     torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_offset_codes_are_those_of_a_loop(bits: int) -> None:
+    x = torch.randn(67) * torch.exp(torch.randn(67)) + 0.7
+    x[16:32] = 50 + torch.rand(16)  # far from zero
+    x[32:48] = -5 - torch.rand(16)
+    codec = get(f"uint{bits}:g16:offset")
+    y = codec.decode(codec.encode(x), Meta.of(x))
+    levels, expected = 2**bits - 1, []
+    for start in range(0, 67, 16):
+        group = x[start : start + 16].tolist()
+        lo, hi = min(group), max(group)
+        step = _bfloat16_above(float(torch.tensor(max((hi - lo) / levels, max(hi, -lo) / 32000))))
+        zero = round(-lo / step)
+        expected += [(min(levels, max(0, round(value / step) + zero)) - zero) * step for value in group]
+    torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert codec.payload_bytes(Meta.of(x)) == 5 * 4 + math.ceil(67 * bits / 8)
+
+
+def test_a_range_far_from_zero_costs_codes_only_if_zero_is_put_into_it() -> None:
+    x = 1001 + torch.rand(1024)
+    quality = {}
+    for spec in ("uint4:g128:affine", "uint4:g128:offset", "uint4:g128:affine:free"):
+        codec = get(spec)
+        quality[spec] = sqnr_db(x, codec.decode(codec.encode(x), Meta.of(x)))
+    assert quality["uint4:g128:offset"] > quality["uint4:g128:affine"] + 25
+    assert quality["uint4:g128:offset"] > quality["uint4:g128:affine:free"]  # whose minimum is a bfloat16
+
+
 def test_the_payload_is_scales_then_zero_points_then_codes() -> None:
     x = torch.tensor([3.0, -1.0, 0.5, 0.0, 6.0, 14.0, 7.0])
     symmetric = get("int4:g4").encode(x)
@@ -81,7 +109,7 @@ def test_rounding_to_bfloat16_goes_one_way() -> None:
 def test_stochastic_rounding_has_no_mean_error_and_obeys_its_generator() -> None:
     x = torch.rand(100) * 2 - 1
     x[0] = 1
-    for spec in ("int3:tensor:stochastic", "int3:tensor:affine:stochastic"):
+    for spec in ("int3:tensor:stochastic", "int3:tensor:affine:stochastic", "int3:tensor:offset:stochastic"):
         codec = get(spec)
         generator = torch.Generator().manual_seed(0)
         payloads = [codec.encode(x, generator=generator) for _ in range(1000)]

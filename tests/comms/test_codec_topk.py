@@ -35,7 +35,7 @@ def test_a_set_comes_back_in_the_stated_room(size: int, data: st.DataObject) -> 
     mask = torch.zeros(size, dtype=torch.bool)
     mask[indices] = True
     for rice in (-1, 0, 1, 3, 7):
-        written, used = IndexSet(size, kept, rice).write(mask)
+        written, used = IndexSet(size, kept, rice).write(mask, mask.nonzero().squeeze(1))
         assert written.numel() == IndexSet(size, kept, rice).nbytes
         assert used <= 8 * written.numel()
         assert IndexSet(size, kept, rice).read(written).equal(mask)
@@ -64,7 +64,7 @@ def test_room_and_use_per_element(share: float, room: float) -> None:
     mask = largest(torch.rand(size), round(share * size))
     way = IndexSet.of(size, round(share * size))
     entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share)
-    _, used = way.write(mask)
+    _, used = way.write(mask, mask.nonzero().squeeze(1))
     assert 8 * way.nbytes / size <= room + 1e-3
     assert entropy - 0.01 <= used / size <= min(1.0, entropy * 1.08)
 
@@ -100,6 +100,8 @@ def test_the_count_is_exact_where_floating_point_is_not(ratio: str, size: int) -
     codec = get(f"top{ratio}+raw")
     exact = math.ceil(Fraction(ratio) * size)
     assert codec.payload_bytes_on(Meta((size,), torch.float32), exact) == 4 * exact
+    with pytest.raises(EvenbitsError, match="fewer than 2"):
+        codec.payload_bytes(Meta((1 << 31,), torch.float32))
     if size:
         head = 12 + IndexSet.of(size, exact).nbytes
         assert codec.payload_bytes(Meta((size,), torch.float32)) == head + 4 * exact
@@ -130,6 +132,17 @@ def test_codecs_without_an_index_set_say_so() -> None:
     assert codec.mask_of(codec.encode(torch.ones(5)), meta) is None
     with pytest.raises(EvenbitsError, match="does not code on a mask"):
         codec.payload_bytes_on(meta, 3)
+
+
+@pytest.mark.parametrize(
+    "spec", ["raw", "fp8", "int8:g128", "sign", "mxfp4", "multi4x4", "lloyd4", "lowrank1", "hadamard+top0.5+raw"]
+)
+def test_a_mask_is_never_ignored(spec: str) -> None:
+    codec, x = get(spec), torch.randn(5, 5)
+    with pytest.raises(EvenbitsError, match="does not code on a mask"):
+        codec.encode(x, mask=x > 0)
+    with pytest.raises(EvenbitsError, match="does not code on a mask"):
+        codec.decode(codec.encode(x), Meta.of(x), mask=x > 0)
 
 
 def test_true_bits_count_the_used_part_of_the_index_set() -> None:

@@ -88,7 +88,7 @@ class Codec(ABC):
 
     def payload_bytes_on(self, meta: Meta, kept: int) -> int:
         """Bytes of a payload coded on a mask of `kept` elements (codecs with `keeps_mask`)."""
-        raise EvenbitsError(f"codec {self.spec!r} does not code on a mask.")
+        raise EvenbitsError(f"codec {self.spec!r} does not code on a mask (keeps_mask).")
 
     def mask_of(self, payload: torch.Tensor, meta: Meta) -> torch.Tensor | None:
         """The elements the payload holds, bool of meta's shape, or None if it holds all."""
@@ -97,6 +97,13 @@ class Codec(ABC):
     def true_bits(self, payload: torch.Tensor, meta: Meta) -> float:
         """Bits per element that the payload needed: codes, scales, indices and headers counted."""
         return 8 * self.payload_bytes(meta) / max(1, meta.numel)
+
+    def no_mask(self, mask: torch.Tensor | None) -> None:
+        """Raises EvenbitsError if there is a mask: for codecs that do not code on one, lest it be ignored."""
+        if mask is not None:
+            raise EvenbitsError(
+                f"codec {self.spec!r} does not code on a mask; 'top0.1+{self.spec}' and its like do (keeps_mask)."
+            )
 
     def checked(self, payload: torch.Tensor, meta: Meta, expected: int | None = None) -> torch.Tensor:
         """The payload, or EvenbitsError if it is not a uint8 vector of the right length."""

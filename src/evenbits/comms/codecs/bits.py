@@ -5,7 +5,8 @@ A code wider than 8 bits is stored in planes: first the low bytes of all codes, 
 of each, packed. So every width takes ⌊b/8⌋·n + ⌈n·(b mod 8)/8⌉ bytes.
 
 Eight codes lie in the eight bytes of an int64 and are pushed together in three steps (neighbours, pairs, quadruples),
-so that packing is a dozen passes over contiguous words and no loop over lanes. n: codes.
+so that packing is a dozen passes over contiguous words and no loop over lanes. Words are read as the machine has them:
+both ends must be little-endian, as every machine is that torch is built for today. n: codes.
 """
 
 from __future__ import annotations

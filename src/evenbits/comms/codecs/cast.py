@@ -38,6 +38,7 @@ class Cast(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         Meta.of(x)
         if self.dtype is None:
             return bytes_of(x.detach())
@@ -45,6 +46,7 @@ class Cast(Codec):
         return bytes_of(finite(x, self.spec).to(self.dtype).clamp(-limit, limit))
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         values = words_of(self.checked(payload, meta), self.dtype or meta.dtype)
         return restored(values, meta, torch.finfo(values.dtype).max)
 
@@ -60,6 +62,7 @@ class Float8(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         if meta.numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -73,6 +76,7 @@ class Float8(Codec):
         return torch.cat([bytes_of(head), codes.view(torch.uint8)])
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         if meta.numel == 0:
             return torch.empty(meta.shape, dtype=meta.dtype, device=payload.device)

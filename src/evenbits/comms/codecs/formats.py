@@ -52,6 +52,7 @@ class Formatted(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         if meta.numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -70,6 +71,7 @@ class Formatted(Codec):
         return payload
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         if meta.numel == 0:
             return torch.empty(meta.shape, dtype=meta.dtype, device=payload.device)

@@ -4,20 +4,25 @@ What. Elements are rounded to b-bit integers relative to a scale per group, per 
 
     INT4:GRANULARITY                scale = absmax / qmax                  x̂ = scale · code
     INT4:GRANULARITY:affine         step = (max − min) / (2^b − 1)         x̂ = step · (code − zero point)
+    INT4:GRANULARITY:offset         the same, min and max as they are      x̂ = step · (code − zero point)
     INT4:GRANULARITY:affine:free    the same, zero not on the grid         x̂ = min + step · code
 
 for int1 … int8 and uint1 … uint8. `tensor` is one group, `row` one group per index of all but the last dimension,
 `gN` N neighbours of the flattened tensor: a feature map whose last dimension is 7 would otherwise pay a scale for every
 seven elements. Symmetric uint formats are for tensors without negative values. `int1` is the sign (sign.py).
 `:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`
-(affine: with 2^b − 2 steps, so that no end is clipped).
+(affine, offset: with 2^b − 2 steps, so that no end is clipped).
 
-When it helps. Always: 5 to 30 dB more than one scale per tensor at nearly the same bits, because magnitudes differ from
-place to place (docs/codecs.md), and it costs a few passes.
+When it helps. Nearly always: 5 to 21 dB more than one scale per tensor at nearly the same bits, because magnitudes
+differ from place to place (docs/codecs.md), and it costs a few passes. `offset` for activations, `affine` or symmetric
+for gradients; where groups hold lone outliers, behind a rotation (hadamard.py).
 
-Zero. The range is widened to include zero and zero is a code. That is not a detail: a grid without zero moves all small
-gradients by the same amount, and a sum over N positions multiplies that by N, while rounding noise grows by √N only.
-`free` is there to measure this; it is what min/max quantizers of the literature do.
+Zero. With `affine` the range is widened to include zero, and zero is a code. With `offset` it is not widened, but all
+grids are whole multiples of their step: a group that holds a zero (or both signs) has it as a code, and one that does
+not (an activation's group far from zero) spends no codes on what it does not need. That costs 16 bits for a zero point
+instead of b. A grid without zero moves all small gradients by the same amount, and a sum over N positions multiplies
+that by N, while rounding noise grows by √N only. `free` is there to measure this; it is what min/max quantizers of the
+literature do.
 
 Metadata. A scale is rounded up to bfloat16 (per tensor: float32), so that nothing is clipped, and x is divided by the
 scale as it is sent: |x̂ − x| ≤ step / 2 (stochastic: < step). float16 scales would flush the steps of small gradients to
@@ -26,8 +31,8 @@ zero. Below float32's smallest normal number 1.2e-38 the scale stays there.
 Left out. Searched scales (`int4:g128:mse`): that is a number format (formats.py) and takes far longer.
 Source: Alistarh et al., "QSGD", NeurIPS 2017 (buckets, stochastic rounding); numerics/affine.py for the rest.
 
-Layout: scales, then minima (free) or zero points packed at b bits (affine), then codes packed at b bits; signed codes
-are two's complement. G: groups, g: elements of a group.
+Layout: scales, then minima (free) or zero points (offset: int16; affine: packed at b bits), then codes packed at b
+bits; codes of symmetric signed types are two's complement. G: groups, g: elements of a group.
 """
 
 from __future__ import annotations
@@ -43,7 +48,8 @@ from evenbits.errors import EvenbitsError
 from evenbits.numerics.granularity import Granularity
 from evenbits.numerics.qdtypes import QDtype
 
-_SPELLING = re.compile(r"(u?)int([1-8]):(tensor|row|channel|token|g[0-9]+)((?::(?:affine|free|stochastic))*)")
+_SPELLING = re.compile(r"(u?)int([1-8]):(tensor|row|channel|token|g[0-9]+)((?::(?:affine|offset|free|stochastic))*)")
+_FURTHEST = 32000  # of a zero point that is an int16, in steps
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -84,26 +90,28 @@ def round_down(values: torch.Tensor) -> torch.Tensor:
     return torch.where(near.float() > values, below, near)
 
 
-class Grouped(Codec):
-    """Integer codes with a scale per group."""
+SYMMETRIC, AFFINE, OFFSET, FREE = "", "affine", "offset", "affine:free"
 
-    def __init__(self, dtype: QDtype, granularity: Granularity, *, affine: bool, free: bool, stochastic: bool) -> None:
-        self.dtype, self.granularity = dtype, granularity
-        self.affine, self.free, self.stochastic = affine, free, stochastic
-        options = [word for word, on in (("affine", affine), ("free", free), ("stochastic", stochastic)) if on]
+
+class Grouped(Codec):
+    """Integer codes with a scale per group. grid: SYMMETRIC, AFFINE, OFFSET or FREE."""
+
+    def __init__(self, dtype: QDtype, granularity: Granularity, *, grid: str, stochastic: bool) -> None:
+        self.dtype, self.granularity, self.grid, self.stochastic = dtype, granularity, grid, stochastic
+        options = [word for word, on in ((grid, grid), ("stochastic", stochastic)) if on]
         self.spec = ":".join([dtype.name, str(granularity), *options])
-        self.keeps_zero = not free
+        self.keeps_zero = grid != FREE
         self._scale_type = torch.float32 if granularity.kind == "tensor" else torch.bfloat16
         # Symmetric signed codes are −qmax … qmax; all others 0 … levels.
-        self._signed = dtype.signed and not affine
+        self._signed = dtype.signed and grid == SYMMETRIC
         self._levels = dtype.qmax if self._signed else (1 << dtype.bits) - 1
 
     def _parts(self, meta: Meta) -> tuple[Groups, list[int]]:
         """The groups and the bytes of scales, minima or zero points, and codes."""
-        groups = Groups.of(self.granularity, meta)
+        groups, bits = Groups.of(self.granularity, meta), self.dtype.bits
         scales = groups.count * self._scale_type.itemsize
-        zeros = scales if self.free else packed_bytes(groups.count, self.dtype.bits) if self.affine else 0
-        return groups, [scales, zeros, packed_bytes(meta.numel, self.dtype.bits)]
+        zeros = {AFFINE: packed_bytes(groups.count, bits), OFFSET: 2 * groups.count, FREE: scales}.get(self.grid, 0)
+        return groups, [scales, zeros, packed_bytes(meta.numel, bits)]
 
     def payload_bytes(self, meta: Meta) -> int:
         return sum(self._parts(meta)[1])
@@ -111,6 +119,7 @@ class Grouped(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         groups, _ = self._parts(meta)
         if meta.numel == 0:
@@ -133,7 +142,7 @@ class Grouped(Codec):
         self, x_Gg: torch.Tensor, lo_G: torch.Tensor, hi_G: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
         """The metadata's bytes, x in steps, and the zero points."""
-        if not self.affine:
+        if self.grid == SYMMETRIC:
             if not self.dtype.signed and bool((lo_G < 0).any()):
                 raise EvenbitsError(
                     f"{self.spec!r} cannot hold negative values (smallest: {float(lo_G.min()):g}); use "
@@ -142,20 +151,22 @@ class Grouped(Codec):
             scale = self._stored(torch.maximum(hi_G, -lo_G) / self._levels)
             return [bytes_of(scale)], x_Gg / scale.float().unsqueeze(1), None
         lo, hi = lo_G.double(), hi_G.double()
-        if self.free:
+        if self.grid == FREE:
             least = lo_G if self._scale_type == torch.float32 else round_down(lo_G)
             step = self._stored(((hi - least.double()) / self._levels).float())
             u_Gg = (x_Gg - least.to(x_Gg.dtype).unsqueeze(1)) / step.float().unsqueeze(1)
             return [bytes_of(step), bytes_of(least)], u_Gg, None
-        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        if self.grid == AFFINE:
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         # Rounded up or down at random, a range that sticks out of the grid at one end would be clipped there, on one
         # side only: with a level to spare both ends lie on the grid.
-        spare = ((lo < 0) & (hi > 0)).double() if self.stochastic else torch.zeros_like(lo)
-        step = self._stored(((hi - lo) / (self._levels - spare)).float())
+        spare = ((lo != 0) & (hi != 0)).double() if self.stochastic else torch.zeros_like(lo)
+        least_step = torch.maximum(lo.abs(), hi.abs()) / _FURTHEST
+        step = self._stored(torch.maximum((hi - lo) / (self._levels - spare), least_step).float())
         zero = -lo / step.double()
-        zero = (zero.ceil_() if self.stochastic else zero.round_()).clamp_(0, self._levels)
-        packed = pack(zero.to(torch.uint8), self.dtype.bits)
-        return [bytes_of(step), packed], x_Gg / step.float().unsqueeze(1), zero.to(x_Gg.dtype)
+        zero = zero.ceil_() if self.stochastic else zero.round_()
+        stored = bytes_of(zero.to(torch.int16)) if self.grid == OFFSET else pack(zero.to(torch.uint8), self.dtype.bits)
+        return [bytes_of(step), stored], x_Gg / step.float().unsqueeze(1), zero.to(x_Gg.dtype)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
         scale = scale.clamp(_TINY, _HUGE)
@@ -174,6 +185,7 @@ class Grouped(Codec):
         return codes.clamp_(-self._levels if self._signed else 0, self._levels)
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         groups, sizes = self._parts(meta)
         if meta.numel == 0:
@@ -188,15 +200,17 @@ class Grouped(Codec):
         if self._signed:
             sign = 1 << (self.dtype.bits - 1)
             codes = codes.view(torch.int8) if self.dtype.bits == 8 else (codes ^ sign).view(torch.int8) - sign
-        elif self.free:
+        elif self.grid == FREE:
             offset_G = words_of(zeros, self._scale_type).float()
-        elif self.affine:
+        elif self.grid == OFFSET:
+            offset_G = words_of(zeros, torch.int16).float()
+        elif self.grid == AFFINE:
             offset_G = unpack(zeros, self.dtype.bits, groups.count).float()
-        largest = highest * (1 << self.dtype.bits)  # of a product on the way, and for `free` plus the minimum
-        least = float(offset_G.abs().max()) if offset_G is not None and self.free else 0.0
+        most = 0.0 if offset_G is None else float(offset_G.abs().max())
+        largest = highest * (1 << self.dtype.bits) + most * (1.0 if self.grid == FREE else highest)
         values = codes.double() if largest > _HUGE else codes.float()
         self._spread(values, scale_G, offset_G, groups)
-        return restored(values, meta, largest + least)
+        return restored(values, meta, largest)
 
     def _spread(
         self, values: torch.Tensor, scale_G: torch.Tensor, offset_G: torch.Tensor | None, groups: Groups
@@ -213,7 +227,7 @@ class Grouped(Codec):
             scale = scale_G[rows].unsqueeze(1)
             if offset_G is None:
                 part.mul_(scale)
-            elif self.free:
+            elif self.grid == FREE:
                 part.mul_(scale).add_(offset_G[rows].unsqueeze(1))
             else:
                 part.sub_(offset_G[rows].unsqueeze(1)).mul_(scale)
@@ -229,18 +243,21 @@ def grouped(spec: str) -> Codec:
 
         return formatted(spec)
     options = match[4].split(":")[1:]
-    affine, free, stochastic = (word in options for word in ("affine", "free", "stochastic"))
-    if free and not affine:
-        raise EvenbitsError(f"{spec!r}: 'free' belongs to affine codecs; spell it '…:affine:free'.")
-    if len(set(options)) < len(options):
-        raise EvenbitsError(f"{spec!r}: an option is given twice.")
+    stochastic = "stochastic" in options
+    words = [word for word in options if word != "stochastic"]
+    if len(set(options)) < len(options) or words not in ([], ["affine"], ["offset"], ["affine", "free"]):
+        raise EvenbitsError(
+            f"{spec!r}: the grid of integers is :affine, :offset or :affine:free, or symmetric if none is named; each "
+            "option is given once."
+        )
+    grid = ":".join(words)
     dtype, granularity = QDtype(int(match[2]), not match[1]), Granularity.parse(match[3])
-    if dtype.bits == 1 and affine and stochastic and not free:
+    if dtype.bits == 1 and stochastic and grid in (AFFINE, OFFSET):
         raise EvenbitsError(f"{spec!r}: two levels, one of them zero, cannot hold both signs without a mean error.")
-    if dtype == QDtype(1, True) and not affine:
+    if dtype == QDtype(1, True) and grid == SYMMETRIC:
         from evenbits.comms.codecs.sign import Sign
 
         if stochastic:
             raise EvenbitsError(f"{spec!r}: a sign has no fraction to round stochastically.")
         return Sign(spec=f"int1:{granularity}", granularity=granularity)
-    return Grouped(dtype, granularity, affine=affine, free=free, stochastic=stochastic)
+    return Grouped(dtype, granularity, grid=grid, stochastic=stochastic)

@@ -56,6 +56,7 @@ class Hadamard(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         flat = as_float32(finite(x, self.spec), self.spec)
         if meta.numel and max(float(flat.amax()), -float(flat.amin())) > _LIMIT:
@@ -64,6 +65,7 @@ class Hadamard(Codec):
         return self.inner.encode(blocks @ matrix(self.size, x.device), generator=generator)
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         blocks = self.inner.decode(self.checked(payload, meta), self._rotated(meta))
         rotated: torch.Tensor = blocks @ matrix(self.size, payload.device)
         return restored(rotated.view(-1)[: meta.numel], meta, torch.finfo(torch.float32).max)

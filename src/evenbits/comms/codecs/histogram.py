@@ -1,9 +1,10 @@
 """A histogram that tails do not spoil, and what partitions need of it: no sort, a few passes.
 
-Bins are even in t(x) = x / (|x| + m), m the mean magnitude rounded to a power of two. Even bins in x itself put the
-bulk of a heavy-tailed gradient (largest element 40 to 300 times the mean) into a handful of bins, and then every
-partition built on them is as coarse as that. t is nearly linear in the bulk and gives the tails the rest. Each bin
-keeps the smallest and largest element that fell into it, so that widths are exact whatever the bins are.
+Bins are even in t(x) = ± log(1 + |x| / m), m the mean magnitude rounded to a power of two. Even bins in x itself put
+the bulk of a heavy-tailed gradient (largest element 100 to 1000 times the mean) into a handful of bins, and then every
+partition built on them is as coarse as that. t is linear in the bulk and gives the tails bins of equal relative width,
+a percent or less. Each bin keeps the smallest and largest element that fell into it, so that the widths of parts are
+exact whatever the bins are.
 n: elements, B: bins.
 """
 
@@ -43,8 +44,7 @@ def histogram(flat: torch.Tensor, bins: int) -> Histogram:
     x_n = workable(flat)
     mean = float(x_n.abs().mean())
     middle = 2.0 ** round(math.log2(mean)) if mean else 1.0
-    t_n = x_n.abs().add_(middle)
-    t_n = torch.div(x_n, t_n, out=t_n)
+    t_n = (x_n.abs() / middle).log1p_().copysign_(x_n)
     lo, hi = float(t_n.amin()), float(t_n.amax())
     factor = bins / (hi - lo) if hi - lo > _FINEST else 0.0
     bins_n = t_n.sub_(lo).mul_(factor).to(torch.int32).clamp_(0, bins - 1)

@@ -56,12 +56,11 @@ class IndexSet:
         """The most bits that the unary halves can take."""
         return self.kept + ((self.size - self.kept) >> self.rice)
 
-    def write(self, mask_n: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """bool [size] with `kept` ones → (uint8 [nbytes], how many bits of them are used)."""
+    def write(self, mask_n: torch.Tensor, index_k: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """bool [size] and where its `kept` ones are → (uint8 [nbytes], how many bits of them are used)."""
         if self.rice == _BITMAP:
             return pack(mask_n.view(torch.uint8), 1), self.size
-        index = mask_n.nonzero().squeeze(1)
-        gap = torch.diff(index, prepend=index.new_full((1,), -1)) - 1
+        gap = torch.diff(index_k, prepend=index_k.new_full((1,), -1)) - 1
         ends = ((gap >> self.rice) + 1).cumsum(dim=0) - 1
         unary = torch.zeros(self._unary, dtype=torch.uint8, device=mask_n.device)
         unary[ends] = 1

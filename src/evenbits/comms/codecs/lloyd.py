@@ -1,6 +1,6 @@
 """Lloyd-Max: the best codebook of 2^b numbers for one tensor, sent with it.
 
-What. `lloyd4` finds 16 numbers by Lloyd's iteration on a histogram of the tensor (2048 bins, histogram.py), starting
+What. `lloyd4` finds 16 numbers by Lloyd's iteration on a histogram of the tensor (8192 bins, histogram.py), starting
 from equal ∫ f^(1/3), until no number moves by more than a thousandth of its neighbours' distance or 100 rounds are
 over. Elements are sent as places in the table, which travels in front.
 
@@ -33,7 +33,7 @@ from evenbits.comms.codecs.histogram import Histogram, cube_root, histogram
 from evenbits.errors import EvenbitsError
 
 _SPELLING = re.compile(r"lloyd([1-8])(:free)?")
-_BINS, _ROUNDS, _STILL = 2048, 100, 1e-3
+_BINS, _ROUNDS, _STILL = 8192, 100, 1e-3
 _HUGE = torch.finfo(torch.float32).max
 
 
@@ -50,6 +50,7 @@ class Lloyd(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         if meta.numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -61,6 +62,7 @@ class Lloyd(Codec):
         return torch.cat([bytes_of(table.clamp(-_HUGE, _HUGE).float()), pack(codes, self.bits)])
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         if meta.numel == 0:
             return torch.empty(meta.shape, dtype=meta.dtype, device=payload.device)

@@ -63,6 +63,7 @@ class LowRank(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         if generator is None or self.is_plain(meta):
             return self.encode_from(x, None)
@@ -88,6 +89,7 @@ class LowRank(Codec):
         return torch.cat([bytes_of(left), bytes_of((x_RC.T @ left) * top)])
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload, largest = self.checked(payload, meta), torch.finfo(torch.float32).max
         if self.is_plain(meta):
             return restored(words_of(payload, torch.float32), meta, largest)

@@ -58,6 +58,7 @@ class Multi(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         if meta.numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -113,6 +114,7 @@ class Multi(Codec):
         return places.clamp_(0, (1 << self.bits) - 1).to(torch.int32).bitwise_or_(part_n << self.bits)
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         if meta.numel == 0:
             return torch.empty(meta.shape, dtype=meta.dtype, device=payload.device)

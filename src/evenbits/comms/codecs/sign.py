@@ -43,6 +43,7 @@ class Sign(Codec):
     def encode(
         self, x: torch.Tensor, *, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> torch.Tensor:
+        self.no_mask(mask)
         meta = Meta.of(x)
         if meta.numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -59,6 +60,7 @@ class Sign(Codec):
         return torch.cat([bytes_of(scale), pack(minus.view(torch.uint8), 1)])
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        self.no_mask(mask)
         payload = self.checked(payload, meta)
         groups = Groups.of(self.granularity, meta)
         if meta.numel == 0:

@@ -53,7 +53,9 @@ class TopK(Codec):
         self.keeps_zero = inner.keeps_zero
 
     def kept(self, meta: Meta) -> int:
-        """k, the number of elements that a payload holds."""
+        """k, the number of elements that a payload holds. Raises EvenbitsError from 2^31 elements on."""
+        if meta.numel >= 1 << 31:
+            raise EvenbitsError(f"{self.spec!r} carries fewer than 2^31 elements; given shape {list(meta.shape)}.")
         return -(-self.ratio.numerator * meta.numel // self.ratio.denominator)
 
     def payload_bytes(self, meta: Meta) -> int:
@@ -76,9 +78,12 @@ class TopK(Codec):
             return torch.empty(0, dtype=torch.uint8, device=x.device)
         flat, kept = finite(x, self.spec).reshape(-1), self.kept(meta)
         mask_n = largest(as_float32(x, self.spec).abs(), kept)
-        indices, used = IndexSet.of(meta.numel, kept).write(mask_n)
+        index_k = mask_n.nonzero().squeeze(1)  # looked for once: it takes longer than all that is done with it
+        indices, used = IndexSet.of(meta.numel, kept).write(mask_n, index_k)
         head = torch.tensor([_MAGIC, kept, used], dtype=torch.int32, device=x.device)
-        return torch.cat([bytes_of(head), indices, self.inner.encode(flat[mask_n], generator=generator)])
+        return torch.cat(
+            [bytes_of(head), indices, self.inner.encode(flat.index_select(0, index_k), generator=generator)]
+        )
 
     def decode(self, payload: torch.Tensor, meta: Meta, *, mask: torch.Tensor | None = None) -> torch.Tensor:
         if mask is not None:
@@ -89,8 +94,7 @@ class TopK(Codec):
             kept = self.kept(meta)
             values = payload[self.payload_bytes(meta) - self.payload_bytes_on(meta, kept) :]
         made = torch.zeros(meta.shape, dtype=meta.dtype, device=payload.device)
-        made[mask] = self.inner.decode(values, Meta((kept,), meta.dtype))
-        return made
+        return made.masked_scatter_(mask, self.inner.decode(values, Meta((kept,), meta.dtype)))
 
     def mask_of(self, payload: torch.Tensor, meta: Meta) -> torch.Tensor:
         """The kept elements, bool of meta's shape. Raises EvenbitsError if the payload is not one of this codec."""
