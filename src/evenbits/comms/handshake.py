@@ -85,7 +85,8 @@ def read(store: Store, stages: int, turn: int, timeout: timedelta) -> list[Card]
             f"stages {missing} did not show their codecs within {timeout.total_seconds():.0f} s. Every stage of a "
             "pipeline must be a CodecStage (every rank must have the hook), and every process must be alive."
         ) from error
-    found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+    extended = getattr(store, "has_extended_api", lambda: False)()  # missing in torch's stubs; files have none
+    found = store.multi_get(keys) if extended else [store.get(key) for key in keys]
     return [json.loads(text) for text in found]
 
 
