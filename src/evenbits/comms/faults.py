@@ -149,6 +149,8 @@ def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
         lost = not _write(store, rank, mine)
         _close(error)
         reasons = {} if lost else _reasons(store, world, rank, grace if consequence else 0.0)
+        if not lost and -1 not in reasons:
+            _leave(store, world, rank, 2 * grace)
         raise LinkError(_sentence({**reasons, rank: mine}, world, lost or -1 in reasons)) from error
 
 
@@ -205,6 +207,22 @@ def _reasons(store: Store, world: int, rank: int, grace: float) -> dict[int, str
         if len(found) >= world - 1 or time.monotonic() >= until:
             return found
         time.sleep(0.05)
+
+
+def _leave(store: Store, world: int, rank: int, grace: float) -> None:
+    """Say that this rank has read the reasons. Rank 0, whose process usually holds the store, waits for the others to
+    say
+    so before it raises: the store may go with it.
+    """
+    until = time.monotonic() + grace
+    try:
+        store.set(f"read/{rank}", "1")
+        while rank == 0 and time.monotonic() < until:
+            if all(store.check([f"read/{other}"]) for other in range(world)):
+                return
+            time.sleep(0.05)
+    except RuntimeError:  # Gone already: nobody can read any more.
+        return
 
 
 def _sentence(reasons: dict[int, str], world: int, lost: bool) -> str:
