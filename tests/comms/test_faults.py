@@ -39,7 +39,9 @@ def test_a_cut_payload_is_an_error_on_every_rank(direction: str) -> None:
         assert ("arrived without its end" in text) == (steps[0] == [] if receiver == 0 else steps[0] != [])
 
 
-@pytest.mark.parametrize(("who", "tcp"), [pytest.param(0, False, marks=pytest.mark.slow), (1, False), (2, False), (0, True), (1, True)])
+@pytest.mark.parametrize(
+    ("who", "tcp"), [pytest.param(0, False, marks=pytest.mark.slow), (1, False), (2, False), (0, True), (1, True)]
+)
 def test_a_killed_peer_is_one_error_on_every_other_rank(who: int, tcp: bool) -> None:
     results = run(fault_work.killed, 3, who, link_timeout=8.0, tcp=tcp)
     assert results[who][0] == "killed"

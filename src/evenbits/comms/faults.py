@@ -105,7 +105,8 @@ class Desk:
             own = f" ({self.detail})" if self.fault == code else ""
             raise AgreedError(
                 f"{Fault.of(code)}{own}. No rank has stepped its optimizer: drop this batch, or continue from the last "
-                "checkpoint with a lower learning rate or loss scale."
+                "checkpoint with a lower learning rate or loss scale.",
+                dist.get_world_size(self.group),
             )
 
 
@@ -127,8 +128,8 @@ def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
     where it began.
 
     The process group is destroyed: after an error in the middle of a step its messages no longer match. Start it again
-    and continue from the last checkpoint. An AgreedError, which all ranks raise together, passes unchanged and leaves
-    the group as it is.
+    and continue from the last checkpoint. An AgreedError that all ranks of the job raise together passes unchanged and
+    leaves the group as it is; one that only a part of them raises (one pipeline of several) stops the others too.
 
     schedule: the pipeline schedule whose step this is. torch's schedules keep the losses of a step that raised; given
         here, it is ready for the next batch.
@@ -136,22 +137,28 @@ def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
     """
     try:
         yield
-    except AgreedError:
-        for kept in ("_internal_losses", "fwd_recv_ops", "bwd_recv_ops"):
-            getattr(schedule, kept, []).clear()
-        raise
     except Exception as error:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        reason = _reason(error)
-        consequence = _is_consequence(error)
-        mine = ("heard " if consequence else "began ") + reason
-        store = PrefixStore("evenbits/stopped", _get_default_store())
-        lost = not _write(store, rank, mine)
-        _close(error)
-        reasons = {} if lost else _reasons(store, world, rank, grace if consequence else 0.0)
-        if not lost and -1 not in reasons:
-            _leave(store, world, rank, 2 * grace)
-        raise LinkError(_sentence({**reasons, rank: mine}, world, lost or -1 in reasons)) from error
+        if not dist.is_initialized():
+            raise
+        if isinstance(error, AgreedError) and error.ranks == dist.get_world_size():
+            for kept in ("_internal_losses", "fwd_recv_ops", "bwd_recv_ops"):
+                getattr(schedule, kept, []).clear()
+            raise
+        raise _stopped(error, grace) from error
+
+
+def _stopped(error: Exception, grace: float) -> LinkError:
+    """Tell the other ranks why, close this rank's connections, and put together what all of them said."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    consequence = _is_consequence(error)
+    mine = ("heard " if consequence else "began ") + _reason(error)
+    store = PrefixStore("evenbits/stopped", _get_default_store())
+    lost = not _write(store, rank, mine)
+    _close(error)
+    reasons = {} if lost else _reasons(store, world, rank, grace if consequence else 0.0)
+    if not lost and -1 not in reasons:
+        _leave(store, world, rank, 2 * grace)
+    return LinkError(_sentence({**reasons, rank: mine}, world, lost or -1 in reasons))
 
 
 def _reason(error: BaseException) -> str:

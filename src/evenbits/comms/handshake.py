@@ -133,7 +133,9 @@ def shake(group: dist.ProcessGroup | None, cards: dict[int, Card], stages: int, 
     turn = show(store, dist.get_rank(group), cards)
     found = disagreements(read(store, stages, turn, timeout))
     if found:
-        raise AgreedError("the stages of this pipeline do not fit together: " + "; ".join(found) + ".")
+        raise AgreedError(
+            "the stages of this pipeline do not fit together: " + "; ".join(found) + ".", dist.get_world_size(group)
+        )
 
 
 def agree_on(group: dist.ProcessGroup | None, what: str, settings: Card, timeout: timedelta) -> None:
@@ -146,4 +148,4 @@ def agree_on(group: dist.ProcessGroup | None, what: str, settings: Card, timeout
         values = {r: c.get(name) for r, c in enumerate(cards)}
         if any(value != values[0] for value in values.values()):
             listed = ", ".join(f"rank {r} has {value}" for r, value in values.items())
-            raise AgreedError(f"the ranks of this group differ in {name!r}: {listed[:1000]}.")
+            raise AgreedError(f"the ranks of this group differ in {name!r}: {listed[:1000]}.", world)

@@ -36,7 +36,13 @@ class LinkError(EvenbitsError):
 
 
 class AgreedError(LinkError):
-    """A LinkError that every rank raises, with the same words, at the same place: none is left waiting."""
+    """A LinkError that every rank of a group raises, with the same words, at the same place: none of them is left
+    waiting. ranks: how many they are; in a job of several groups the others do not know of it.
+    """
+
+    def __init__(self, text: str, ranks: int) -> None:
+        super().__init__(text)
+        self.ranks = ranks
 
 
 class FrameError(LinkError):
