@@ -62,8 +62,8 @@ def pair_codes(fmt: Format, columns: int) -> PairCodes | None:
     normal, outlier = _nibbles(dtype)
     for unit in _UNITS if normal else ():
         both = [value / unit for value in (*normal, *outlier)]
-        near = [value / 2 if abs(value) > 127 else value for value in both]
-        if all(value == int(value) and abs(value) <= 128 for value in near):
+        near = both[:16] + [value / 2 if abs(value) > 127 else value for value in both[16:]]
+        if all(value == int(value) and abs(value) <= 127 for value in near):
             rest = [value - half for value, half in zip(both, near, strict=True)]
             tables = tuple(int(value) for value in (*near, *rest[16:]))
             return PairCodes(tables, isinstance(dtype, PairType), unit, group)
