@@ -66,7 +66,7 @@ def test_the_variant_comes_from_the_processor_the_environment_or_a_block(monkeyp
         assert loader.variant() == next(iter(library.variants))
     assert loader.variant() == "portable"
     monkeypatch.setenv(loader.VARIABLE, "sse9")
-    with pytest.raises(EvenbitsError, match="unknown CPU kernel variant .* 'sse9'"):
+    with pytest.raises(EvenbitsError, match=r"unknown CPU kernel variant .* 'sse9'"):
         loader.variant()
     with pytest.raises(EvenbitsError, match="'avx1024'"), loader.use_variant("avx1024"):
         pytest.fail("an unknown variant was entered")

@@ -31,7 +31,12 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
 # Variant → flags, per processor; "portable" needs none. A compiler that does not know them leaves the variant out.
 _VARIANTS = {
-    "x86_64": {"avx512vnni": _AVX512, "avxvnni": [*_AVX2, "-mavxvnni"], "avx2": _AVX2},
+    "x86_64": {
+        "amx": [*_AVX512, "-mamx-tile", "-mamx-int8"],
+        "avx512vnni": _AVX512,
+        "avxvnni": [*_AVX2, "-mavxvnni"],
+        "avx2": _AVX2,
+    },
     "aarch64": {"neon": ["-march=armv8.2-a+dotprod"]},
 }
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}

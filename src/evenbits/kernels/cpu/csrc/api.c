@@ -6,6 +6,9 @@
 #define EB_QUOTE(x) EB_STRING(x)
 
 extern const eb_variant eb_portable;
+#ifdef EB_HAVE_AMX
+extern const eb_variant eb_amx;
+#endif
 #ifdef EB_HAVE_AVX512VNNI
 extern const eb_variant eb_avx512vnni;
 #endif
@@ -21,6 +24,9 @@ extern const eb_variant eb_neon;
 
 /* Best first. */
 static const eb_variant *const variants[] = {
+#ifdef EB_HAVE_AMX
+    &eb_amx,
+#endif
 #ifdef EB_HAVE_AVX512VNNI
     &eb_avx512vnni,
 #endif
@@ -46,5 +52,4 @@ EB_API int evenbits_variant_supported(int64_t i) { return i >= 0 && i < VARIANTS
 
 /* 0, or -1 if memory ran out. `variant` is one that is supported. */
 EB_API int evenbits_linear(int64_t variant, const eb_args *args) { return variants[variant]->linear(args); }
-EB_API int evenbits_has_threads(void);
 EB_API int evenbits_quantize(int64_t variant, const eb_args *args) { return variants[variant]->quantize(args); }

@@ -1,5 +1,5 @@
 /* AVX-512 with VNNI (and VL, BW): 64 products per vpdpbusd. The accumulators are tied by inline assembly: GCC 12 spills
-   those of the intrinsic. */
+   those of the intrinsic. amx.c has the same but for its micro. */
 #include <immintrin.h>
 
 #include "evenbits_cpu.h"
@@ -7,9 +7,12 @@
 #define LANES 16
 #define VECTORS 4
 #define BLOCK 64
-#define TILE 6
-#define OFFSET 128
+#define OFFSET 128 /* of weights in the direct path */
 #define HAVE_ROWS
+#ifndef PANEL_OFFSET
+#define PANEL_OFFSET 128
+#define TILE 6
+#endif
 
 typedef __m512i vec;
 
@@ -23,22 +26,25 @@ EB_INLINE vec v_subtract(vec a, vec b) { return _mm512_sub_epi32(a, b); }
 EB_INLINE vec v_zero(void) { return _mm512_setzero_si512(); }
 EB_INLINE vec v_offset(void) { return _mm512_set1_epi8((char)0x80); }
 EB_INLINE vec v_table(const void *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
-EB_INLINE vec v_unsigned(vec v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80)); }
 
 typedef struct {
-    vec normal, outlier, rest, nibble, identifier;
+    vec normal, outlier, rest, nibble, identifier, zero;
 } decoder;
 
-EB_INLINE decoder v_decoder(const int8_t *tables, int kind) {
+/* zero: what 0 decodes to, 128 if weights are to be unsigned. */
+EB_INLINE decoder v_decoder(const int8_t *tables, int kind, const int offset) {
     decoder d = {.nibble = _mm512_set1_epi8(15), .identifier = _mm512_set1_epi8(8)};
+    d.zero = offset ? v_offset() : v_zero();
     if (kind == EB_W_INT8) return d;
-    d.normal = v_unsigned(v_table(tables));
-    d.outlier = v_unsigned(v_table(tables + 16));
-    d.rest = v_unsigned(v_table(tables + 32));
+    d.normal = _mm512_xor_si512(v_table(tables), d.zero);
+    d.outlier = _mm512_xor_si512(v_table(tables + 16), d.zero);
+    d.rest = _mm512_xor_si512(v_table(tables + 32), d.zero);
     return d;
 }
 
-/* 64 bytes → values of the low and of the high nibbles, unsigned. */
+EB_INLINE vec v_decode_int8(const decoder *d, vec bytes) { return _mm512_xor_si512(bytes, d->zero); }
+
+/* 64 bytes → values of the low and of the high nibbles. */
 EB_INLINE void v_decode(const decoder *d, int kind, vec bytes, vec *even, vec *odd) {
     vec low = _mm512_and_si512(bytes, d->nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), d->nibble);
     *even = _mm512_shuffle_epi8(d->normal, low);
@@ -48,10 +54,10 @@ EB_INLINE void v_decode(const decoder *d, int kind, vec bytes, vec *even, vec *o
     *odd = _mm512_mask_shuffle_epi8(*odd, _mm512_cmpeq_epi8_mask(low, d->identifier), d->outlier, high);
 }
 
-/* What exceeds int8 of the outliers of 64 bytes, unsigned; returns whether there is any. */
+/* What exceeds int8 of the outliers of 64 bytes; returns whether there is any. */
 EB_INLINE int v_rest(const decoder *d, vec bytes, vec *even, vec *odd) {
     vec low = _mm512_and_si512(bytes, d->nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), d->nibble);
-    vec zero = _mm512_set1_epi8((char)0x80);
+    vec zero = d->zero;
     *even = _mm512_mask_shuffle_epi8(zero, _mm512_cmpeq_epi8_mask(high, d->identifier), d->rest, low);
     *odd = _mm512_mask_shuffle_epi8(zero, _mm512_cmpeq_epi8_mask(low, d->identifier), d->rest, high);
     return (_mm512_cmpneq_epi8_mask(*even, zero) | _mm512_cmpneq_epi8_mask(*odd, zero)) != 0;
@@ -89,11 +95,12 @@ EB_INLINE void transpose(const uint8_t *const *rows, vec *out) {
 
 #include "packing.h"
 
+#ifndef MICRO
 EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
-                          const int32_t *starts, int64_t starts_stride, int32_t *tile) {
+                          int32_t *totals) {
     vec acc[TILE][VECTORS];
     EB_UNROLL for (int r = 0; r < rows; r++)
-        EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm512_set1_epi32(starts[r * starts_stride]);
+        EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = v_load(totals + r * 64 + 16 * v);
     for (int s = 0; s < steps; s++, x += 4, panel += VECTORS * 64) {
         vec w[VECTORS];
         EB_UNROLL for (int v = 0; v < VECTORS; v++) w[v] = v_load(panel + 64 * v);
@@ -105,14 +112,13 @@ EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const
         }
     }
     EB_UNROLL for (int r = 0; r < rows; r++)
-        EB_UNROLL for (int v = 0; v < VECTORS; v++) v_store(tile + r * 64 + 16 * v, acc[r][v]);
+        EB_UNROLL for (int v = 0; v < VECTORS; v++) v_store(totals + r * 64 + 16 * v, acc[r][v]);
 }
 
-#define MICRO(rows) micro_rows(rows, x, stride, panel, steps, starts, starts_stride, tile)
+#define MICRO(rows) micro_rows(rows, x, stride, panel, steps, totals)
 
-/* tile[r][n] = starts[r] + Σ over steps of the four products of x row r with output n. */
-static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps, const int32_t *starts,
-                  int64_t starts_stride, int32_t *tile) {
+/* totals[r][n] += Σ over steps of the four products of x row r with output n. */
+static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps, int32_t *totals) {
     switch (rows) {
     case 1: MICRO(1); break;
     case 2: MICRO(2); break;
@@ -123,7 +129,14 @@ static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *pane
     }
 }
 
+#define TILE_PART(m) eb_even_part(m, TILE)
+EB_INLINE void micro_begin(void) {}
+EB_INLINE void micro_end(void) {}
+#endif
+
+#ifndef ROWS_UP_TO
 #define ROWS_UP_TO(a) (!(a)->group ? 8 : rows_group(a) ? 4 : 0)
+#endif
 #define ROWS_MOST 8
 
 #include "linear.h"
@@ -134,4 +147,6 @@ static int supported(void) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
+#ifndef AMX_VARIANT
 EB_VARIANT(eb_avx512vnni, "avx512vnni", supported)
+#endif

@@ -78,6 +78,12 @@ EB_INLINE float eb_float(uint32_t bits) {
     return x;
 }
 
+/* The next of parts of at most `most` rows that are as equal as they can be: a last part of one row would be a slow one. */
+EB_INLINE int64_t eb_even_part(int64_t rows, int64_t most) {
+    int64_t parts = (rows + most - 1) / most;
+    return (rows + parts - 1) / parts;
+}
+
 /* Sums of products wrap: with weights shifted by 128 a partial sum may pass 2^31, the corrected total never does. */
 EB_INLINE int32_t eb_add(int32_t a, int32_t b) { return (int32_t)((uint32_t)a + (uint32_t)b); }
 EB_INLINE int32_t eb_mul(int32_t a, int32_t b) { return (int32_t)((uint32_t)a * (uint32_t)b); }

@@ -1,16 +1,17 @@
 /* The product of quantized rows with packed weights, for all variants. A variant defines, then includes this file:
 
      LANES, VECTORS, BLOCK   outputs of a vector, vectors of a panel, bytes of a row that pack_block reads
-     TILE                    rows of x that micro handles at once
-     OFFSET                  128 if weights are unsigned (code + 128, what vpdpbusd wants), 0 if signed
-     pack_block, micro       see below;   ROWS_UP_TO(a), rows_task: the direct path for few rows (rows.h), or 0
+     TILE, TILE_PART(m)      rows of x that micro handles at most, and how many of m rows it shall take next
+     PANEL_OFFSET            128 if weights of a panel are unsigned (code + 128, what vpdpbusd wants), 0 if signed
+     pack_block, micro       see below;   ROWS_UP_TO(a), HAVE_ROWS: the direct path for few rows (rows.h), or 0
 
    Two paths. Few rows: weights go from their bytes straight into dot products along K (rows.h). Many rows: the weights of
-   OUTPUTS outputs are decoded into a panel in the L1 or L2 cache, [K/4 steps][OUTPUTS][4], and used for all rows.
+   OUTPUTS outputs are decoded into a panel in the L1 or L2 cache, [K/4 steps][OUTPUTS][4], PANEL_COLUMNS columns at a
+   time, and used for all rows.
 
-   K is cut into segments, each with its own int32 total: the groups of columns that share a scale, or SEGMENT columns.
-   With groups, y = Σ over groups, in order, of float(total) · scale: a product and a sum in float32, both rounded.
-   Unsigned weights need 128 · Σ codes of a segment subtracted; it is what a total starts from.
+   K is cut into segments, each with its own int32 total: the groups of columns that share a scale, or all of K. With
+   groups, y = Σ over groups, in order, of float(total) · scale: a product and a sum in float32, both rounded. Unsigned
+   weights need 128 · Σ codes of a segment subtracted; it is what a total starts from.
 
    M: rows, K: columns, N: outputs. */
 #include "quantize.h"
@@ -21,9 +22,7 @@
 #define ROW_PAD 64     /* bytes between rows, so that their lines do not fall into one cache set */
 #define ROWS_OUTPUTS 64 /* outputs of a task of the direct path */
 #define MOST_OUTPUTS EB_MAX(OUTPUTS, ROWS_OUTPUTS)
-#ifndef SEGMENT
-#define SEGMENT 512
-#endif
+#define PANEL_COLUMNS 512
 
 typedef struct {
     const eb_args *a;
@@ -59,7 +58,6 @@ static void quantize_one(job *j, int64_t m, float *floats, int8_t *natural) {
     j->rows[m] = eb_quantize_row(a, j->m0 + m, floats, natural);
     memset(natural + k, 0, (size_t)(stride - k));
     if (!plain) eb_arrange(natural, stride - ROW_PAD, j->direct ? BLOCK : 4, codes);
-    if (!OFFSET) return;
 #ifdef HAVE_ROWS
     if (j->direct) {
         rows_starts(a, codes, (stride - ROW_PAD) / (plain ? BLOCK : 2 * BLOCK), plain,
@@ -69,7 +67,7 @@ static void quantize_one(job *j, int64_t m, float *floats, int8_t *natural) {
 #endif
     for (int64_t s = 0; s < j->segments; s++) {
         int64_t from = s * j->segment, count = EB_MIN(j->segment, k - from);
-        j->starts[m * j->segments + s] = -OFFSET * eb_sum(natural + from, count);
+        j->starts[m * j->segments + s] = PANEL_OFFSET ? -PANEL_OFFSET * eb_sum(natural + from, count) : 0;
     }
 }
 
@@ -161,45 +159,49 @@ static void gather_scales(const eb_args *a, int64_t n0, int64_t first, int64_t c
     }
 }
 
-static void add_totals(int32_t *restrict totals, const int32_t *restrict tile) {
-    for (int i = 0; i < OUTPUTS; i++) totals[i] = eb_add(totals[i], tile[i]);
+static void fill(int32_t *restrict totals, int32_t value) {
+    for (int i = 0; i < OUTPUTS; i++) totals[i] = value;
+}
+
+static void add(int32_t *restrict totals, int32_t value) {
+    for (int i = 0; i < OUTPUTS; i++) totals[i] = eb_add(totals[i], value);
 }
 
 static void add_scaled(float *restrict sums, const int32_t *restrict tile, const float *restrict scales) {
     for (int i = 0; i < OUTPUTS; i++) sums[i] = sums[i] + (float)tile[i] * scales[i];
 }
 
-/* The next of parts of at most TILE rows that are as equal as they can be: a last tile of one row would be a slow one. */
-EB_INLINE int64_t even_part(int64_t rows) {
-    int64_t parts = (rows + TILE - 1) / TILE;
-    return (rows + parts - 1) / parts;
+/* Columns from … from + count of a panel that begins at column `first`, added to int32 totals [rows][OUTPUTS]. */
+static void micro_pair(const job *j, int64_t m, int64_t rows, int64_t first, int64_t from, int64_t count,
+                       const uint8_t *panel, const uint8_t *rest, int32_t *totals) {
+    int64_t offset = (from - first) / 4 * STEP_BYTES;
+    int steps = (int)(EB_UP(count, 4 * columns_per_byte(j->a)) / 4);
+    const int8_t *x = j->codes + m * j->stride + from;
+    micro((int)rows, x, j->stride, panel + offset, steps, totals);
+    if (!rest) return;
+    if (PANEL_OFFSET) /* the rest is unsigned too */
+        for (int64_t r = 0; r < rows; r++)
+            add(totals + r * OUTPUTS, -PANEL_OFFSET * eb_sum(x + r * j->stride, 4 * steps));
+    micro((int)rows, x, j->stride, rest + offset, steps, totals);
 }
 
-/* One panel: segments s0 … s1 of OUTPUTS outputs for all rows, added to totals [m][OUTPUTS]. */
-static void multiply(const job *j, int64_t s0, int64_t s1, const uint8_t *panel, const uint8_t *rest, const float *scales,
-                     int32_t *totals) {
-    int32_t tile[TILE * OUTPUTS] __attribute__((aligned(64))), second[TILE * OUTPUTS] __attribute__((aligned(64)));
-    int64_t quantum = 4 * columns_per_byte(j->a); /* columns of four bytes: whole steps */
-    for (int64_t m = 0, rows; m < j->m; m += rows) {
-        rows = even_part(j->m - m);
-        for (int64_t s = s0; s < s1; s++) {
-            int64_t from = s * j->segment, count = EB_MIN(j->segment, j->a->columns - from);
-            int64_t offset = (from - s0 * j->segment) / 4 * STEP_BYTES;
-            int steps = (int)(EB_UP(count, quantum) / 4);
-            const int8_t *x = j->codes + m * j->stride + from;
-            const int32_t *starts = j->starts + m * j->segments + s;
-            micro((int)rows, x, j->stride, panel + offset, steps, starts, j->segments, tile);
-            if (rest) {
-                micro((int)rows, x, j->stride, rest + offset, steps, starts, j->segments, second);
-                for (int r = 0; r < rows; r++) add_totals(tile + r * OUTPUTS, second + r * OUTPUTS);
-            }
-            for (int r = 0; r < rows; r++) {
-                int32_t *to = totals + (m + r) * OUTPUTS;
-                if (j->a->group)
-                    add_scaled((float *)to, tile + r * OUTPUTS, scales + (s - s0) * OUTPUTS);
-                else
-                    add_totals(to, tile + r * OUTPUTS);
-            }
+/* One panel, columns first … first + columns of OUTPUTS outputs, for all rows; totals [m][OUTPUTS]. */
+static void multiply(const job *j, int64_t first, int64_t columns, const uint8_t *panel, const uint8_t *rest,
+                     const float *scales, int32_t *totals) {
+    int32_t tile[TILE * OUTPUTS] __attribute__((aligned(64)));
+    int64_t s0 = first / j->segment;
+    for (int64_t m = 0, rows; m < j->m; m += rows, totals += rows * OUTPUTS) {
+        rows = TILE_PART(j->m - m);
+        if (!j->a->group) {
+            micro_pair(j, m, rows, first, first, columns, panel, rest, totals);
+            continue;
+        }
+        for (int64_t s = s0; s * j->segment < first + columns; s++) {
+            int64_t from = s * j->segment, count = EB_MIN(j->segment, first + columns - from);
+            for (int64_t r = 0; r < rows; r++) fill(tile + r * OUTPUTS, j->starts[(m + r) * j->segments + s]);
+            micro_pair(j, m, rows, first, from, count, panel, rest, tile);
+            for (int64_t r = 0; r < rows; r++)
+                add_scaled((float *)(totals + r * OUTPUTS), tile + r * OUTPUTS, scales + (s - s0) * OUTPUTS);
         }
     }
 }
@@ -208,26 +210,30 @@ static void panel_task(void *context, int64_t task) {
     job *j = context;
     const eb_args *a = j->a;
     int64_t n0 = task * OUTPUTS, outputs = EB_MIN(OUTPUTS, a->outputs - n0), per_byte = columns_per_byte(a);
-    int64_t together = EB_MAX(1, SEGMENT / j->segment); /* segments of a panel */
-    int64_t panel_columns = EB_UP(EB_MIN(together * j->segment, a->columns), BLOCK * per_byte);
-    size_t panel_bytes = (size_t)panel_columns / 4 * STEP_BYTES;
+    int64_t groups = a->group ? EB_MAX(1, PANEL_COLUMNS / a->group) : 0; /* of a panel */
+    int64_t width = a->group ? groups * a->group : PANEL_COLUMNS;
+    size_t panel_bytes = (size_t)EB_UP(EB_MIN(width, a->columns), BLOCK * per_byte) / 4 * STEP_BYTES;
     int wide = a->weight_kind == EB_W_WIDE_PAIRS;
     uint8_t *panel = eb_memory(EB_MEM_PANEL, panel_bytes);
     uint8_t *rest = wide ? eb_memory(EB_MEM_REST, panel_bytes) : panel;
-    float *scales = eb_memory(EB_MEM_SCALES, (size_t)(together * (OUTPUTS + 1)) * sizeof(float));
+    float *scales = eb_memory(EB_MEM_SCALES, (size_t)(groups * (OUTPUTS + 1) + 1) * sizeof(float));
     int32_t *totals = eb_memory(EB_MEM_TOTALS, (size_t)(j->m * OUTPUTS) * sizeof(int32_t));
     if (!panel || !rest || !scales || !totals) {
         j->failed = 1;
         return;
     }
-    memset(totals, 0, (size_t)(j->m * OUTPUTS) * sizeof(int32_t));
-    for (int64_t s0 = 0; s0 < j->segments; s0 += together) {
-        int64_t s1 = EB_MIN(j->segments, s0 + together), from = s0 * j->segment;
-        int64_t columns = EB_MIN(s1 * j->segment, a->columns) - from;
-        int any = pack(a, n0, from / per_byte, (columns + per_byte - 1) / per_byte, panel, rest);
-        if (a->group) gather_scales(a, n0, s0, s1 - s0, scales, scales + together * OUTPUTS);
-        multiply(j, s0, s1, panel, wide && any ? rest : NULL, scales, totals);
+    for (int64_t m = 0; m < j->m; m++) fill(totals + m * OUTPUTS, a->group ? 0 : j->starts[m]);
+    micro_begin();
+    for (int64_t first = 0; first < a->columns; first += width) {
+        int64_t columns = EB_MIN(width, a->columns - first);
+        int any = pack(a, n0, first / per_byte, (columns + per_byte - 1) / per_byte, panel, rest);
+        if (a->group) {
+            int64_t g = first / a->group;
+            gather_scales(a, n0, g, EB_MIN(groups, j->segments - g), scales, scales + groups * OUTPUTS);
+        }
+        multiply(j, first, columns, panel, wide && any ? rest : NULL, scales, totals);
     }
+    micro_end();
     finish(j, n0, outputs, totals, OUTPUTS);
 }
 
@@ -236,13 +242,12 @@ static int run_block(const eb_args *a, int64_t m0, int64_t m) {
     int64_t per_byte = columns_per_byte(a), quantum = BLOCK * per_byte;
     job j = {.a = a, .m0 = m0, .m = m, .stride = EB_UP(a->columns, quantum) + ROW_PAD};
     j.direct = m <= ROWS_UP_TO(a);
-    j.segment = a->group ? a->group : EB_MIN(SEGMENT, EB_UP(a->columns, quantum));
+    j.segment = a->group ? a->group : EB_UP(EB_MAX(a->columns, 1), quantum);
     j.segments = EB_MAX(1, (a->columns + j.segment - 1) / j.segment);
     j.codes = eb_memory(EB_MEM_CODES, (size_t)(m * j.stride));
     j.starts = eb_memory(EB_MEM_SUMS, (size_t)(m * (j.direct ? j.stride / (4 * per_byte) : j.segments)) * sizeof(int32_t));
     j.rows = eb_memory(EB_MEM_ROWS, (size_t)m * sizeof(eb_row));
     if (!j.codes || !j.starts || !j.rows) return -1;
-    if (!OFFSET) memset(j.starts, 0, (size_t)(m * j.segments) * sizeof(int32_t));
     eb_parallel(quantize_task, &j, (m + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS, a->threads);
     if (j.failed) return -1;
     if (j.direct)

@@ -2,13 +2,13 @@
 EB_INLINE int pack_kind(const uint8_t *const *rows, const int kind, const int8_t *tables, uint8_t *panel,
                         uint8_t *rest) {
     vec columns[BLOCK / 4];
-    decoder d = v_decoder(tables, kind);
+    decoder d = v_decoder(tables, kind, PANEL_OFFSET);
     int any = 0;
     transpose(rows, columns);
     for (int t = 0; t < BLOCK / 4; t++) {
         vec even, odd;
         if (kind == EB_W_INT8) {
-            v_store(panel + t * VECTORS * LANES * 4, v_unsigned(columns[t]));
+            v_store(panel + t * VECTORS * LANES * 4, v_decode_int8(&d, columns[t]));
             continue;
         }
         uint8_t *to = panel + t * 2 * VECTORS * LANES * 4;

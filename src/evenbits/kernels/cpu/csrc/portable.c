@@ -6,7 +6,7 @@
 #define VECTORS 2
 #define BLOCK 16
 #define TILE 4
-#define OFFSET 0
+#define PANEL_OFFSET 0
 
 EB_INLINE void put(int8_t *panel, int64_t step, const int8_t *four) {
     memcpy(panel + step * VECTORS * LANES * 4, four, 4);
@@ -41,20 +41,20 @@ static int pack_block(const uint8_t *const *rows, int kind, const int8_t *tables
     return kind == EB_W_WIDE_PAIRS && any;
 }
 
-/* tile[r][n] = starts[r] + Σ over steps of the four products of x row r with output n. */
-static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel_bytes, int steps,
-                  const int32_t *starts, int64_t starts_stride, int32_t *tile) {
-    for (int r = 0; r < rows; r++, x += stride) {
+/* totals[r][n] += Σ over steps of the four products of x row r with output n. */
+static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel_bytes, int steps, int32_t *totals) {
+    for (int r = 0; r < rows; r++, x += stride, totals += VECTORS * LANES) {
         const int8_t *panel = (const int8_t *)panel_bytes;
-        int32_t totals[VECTORS * LANES];
-        for (int n = 0; n < VECTORS * LANES; n++) totals[n] = starts[r * starts_stride];
         for (int s = 0; s < steps; s++, panel += VECTORS * LANES * 4)
             for (int n = 0; n < VECTORS * LANES; n++)
                 totals[n] += x[4 * s] * panel[4 * n] + x[4 * s + 1] * panel[4 * n + 1] +
                              x[4 * s + 2] * panel[4 * n + 2] + x[4 * s + 3] * panel[4 * n + 3];
-        memcpy(tile + r * VECTORS * LANES, totals, sizeof totals);
     }
 }
+
+#define TILE_PART(m) EB_MIN(TILE, m)
+EB_INLINE void micro_begin(void) {}
+EB_INLINE void micro_end(void) {}
 
 #include "linear.h"
 

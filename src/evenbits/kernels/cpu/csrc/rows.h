@@ -88,7 +88,7 @@ EB_INLINE float4 rows_scaled(float4 sum, int4 dots, const float *scales) {
 /* Adds the groups of one unit, in order, to the sums of four outputs. scales: [groups][4], `groups` are left. */
 EB_INLINE float4 rows_groups(float4 sum, vec low, vec high, int64_t group, const float *scales, int64_t groups) {
     int32_t first[QUADS] __attribute__((aligned(64))), second[QUADS] __attribute__((aligned(64)));
-    if (group > 64) {
+    if (group >= 2 * BLOCK) {
         v_store(first, v_add(low, high));
         return rows_scaled(sum, rows_lanes(first, BLOCK / 16), scales);
     }
@@ -122,7 +122,7 @@ EB_INLINE void rows_block(const int kind, const int count, const int rows, const
                           const int8_t *x, int64_t stride, vec *acc) {
     vec even, odd, bytes = v_load(from);
     if (kind == EB_W_INT8)
-        even = v_unsigned(bytes);
+        even = v_decode_int8(d, bytes);
     else
         v_decode(d, kind, bytes, &even, &odd);
     EB_UNROLL for (int m = 0; m < rows; m++) {
@@ -139,7 +139,7 @@ EB_INLINE void rows_dots(const int kind, const int count, const int rows, const 
     const int64_t unit = rows_unit(j->a, w->blocks), stride = j->stride;
     const int64_t starts_stride = stride / (kind == EB_W_INT8 ? 4 : 8), ahead = w->ahead, whole = w->whole;
     const int64_t group = j->a->group, groups = j->segments, per_unit = grouped ? EB_MAX(1, 2 * BLOCK / group) : 0;
-    const decoder d = v_decoder(j->a->tables, kind);
+    const decoder d = v_decoder(j->a->tables, kind, OFFSET);
     const int8_t *x = j->codes;
     const uint8_t *from[4];
     float4 sums[8];

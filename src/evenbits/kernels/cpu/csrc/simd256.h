@@ -25,8 +25,6 @@ EB_INLINE vec v_table(const void *p) { return _mm256_broadcastsi128_si256(_mm_lo
 #define V_DOT(acc, w, x) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x))
 #define V_DOT_MEMORY(acc, w, x)                                                                                       \
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "m"(*(const __m256i *)(x)))
-EB_INLINE vec v_unsigned(vec v) { return _mm256_xor_si256(v, v_offset()); }
-EB_INLINE vec v_none(void) { return v_offset(); }
 #else
 #define TILE 3
 #define OFFSET 0
@@ -39,22 +37,25 @@ EB_INLINE vec v_wide_dot(vec acc, vec w, const void *x) {
     return _mm256_add_epi32(acc, _mm256_permute4x64_epi64(sums, 0xd8));
 }
 #define V_DOT_MEMORY(acc, w, x) ((acc) = v_wide_dot(acc, w, x))
-EB_INLINE vec v_unsigned(vec v) { return v; }
-EB_INLINE vec v_none(void) { return v_zero(); }
 #endif
+#define PANEL_OFFSET OFFSET
 
 typedef struct {
-    vec normal, outlier, rest, nibble, identifier;
+    vec normal, outlier, rest, nibble, identifier, zero;
 } decoder;
 
-EB_INLINE decoder v_decoder(const int8_t *tables, int kind) {
+/* zero: what 0 decodes to, 128 if weights are to be unsigned. */
+EB_INLINE decoder v_decoder(const int8_t *tables, int kind, const int offset) {
     decoder d = {.nibble = _mm256_set1_epi8(15), .identifier = _mm256_set1_epi8(8)};
+    d.zero = offset ? v_offset() : v_zero();
     if (kind == EB_W_INT8) return d;
-    d.normal = v_unsigned(v_table(tables));
-    d.outlier = v_unsigned(v_table(tables + 16));
-    d.rest = v_unsigned(v_table(tables + 32));
+    d.normal = _mm256_xor_si256(v_table(tables), d.zero);
+    d.outlier = _mm256_xor_si256(v_table(tables + 16), d.zero);
+    d.rest = _mm256_xor_si256(v_table(tables + 32), d.zero);
     return d;
 }
+
+EB_INLINE vec v_decode_int8(const decoder *d, vec bytes) { return OFFSET ? _mm256_xor_si256(bytes, d->zero) : bytes; }
 
 /* 32 bytes → values of the low and of the high nibbles. */
 EB_INLINE void v_decode(const decoder *d, int kind, vec bytes, vec *even, vec *odd) {
@@ -69,7 +70,7 @@ EB_INLINE void v_decode(const decoder *d, int kind, vec bytes, vec *even, vec *o
 /* What exceeds int8 of the outliers of 32 bytes; returns whether there is any. */
 EB_INLINE int v_rest(const decoder *d, vec bytes, vec *even, vec *odd) {
     vec low = _mm256_and_si256(bytes, d->nibble), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), d->nibble);
-    vec none = v_none();
+    vec none = d->zero;
     *even = _mm256_blendv_epi8(none, _mm256_shuffle_epi8(d->rest, low), _mm256_cmpeq_epi8(high, d->identifier));
     *odd = _mm256_blendv_epi8(none, _mm256_shuffle_epi8(d->rest, high), _mm256_cmpeq_epi8(low, d->identifier));
     vec same = _mm256_and_si256(_mm256_cmpeq_epi8(*even, none), _mm256_cmpeq_epi8(*odd, none));
@@ -104,11 +105,11 @@ EB_INLINE void transpose(const uint8_t *const *rows, vec *out) {
 #include "packing.h"
 
 EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
-                          const int32_t *starts, int64_t starts_stride, int32_t *tile) {
+                          int32_t *totals) {
 #ifdef USE_VNNI
     vec acc[TILE][VECTORS];
     EB_UNROLL for (int r = 0; r < rows; r++)
-        EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm256_set1_epi32(starts[r * starts_stride]);
+        EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = v_load(totals + r * 16 + 8 * v);
     for (int s = 0; s < steps; s++, x += 4, panel += VECTORS * 32) {
         vec w[VECTORS];
         EB_UNROLL for (int v = 0; v < VECTORS; v++) w[v] = v_load(panel + 32 * v);
@@ -120,7 +121,7 @@ EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const
         }
     }
     EB_UNROLL for (int r = 0; r < rows; r++)
-        EB_UNROLL for (int v = 0; v < VECTORS; v++) v_store(tile + r * 16 + 8 * v, acc[r][v]);
+        EB_UNROLL for (int v = 0; v < VECTORS; v++) v_store(totals + r * 16 + 8 * v, acc[r][v]);
 #else
     vec acc[TILE][2 * VECTORS]; /* four outputs each, two int32 sums per output */
     EB_UNROLL for (int r = 0; r < rows; r++)
@@ -139,16 +140,16 @@ EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const
     EB_UNROLL for (int r = 0; r < rows; r++)
         EB_UNROLL for (int v = 0; v < VECTORS; v++) {
             vec sums = _mm256_hadd_epi32(acc[r][2 * v], acc[r][2 * v + 1]);
-            sums = _mm256_permute4x64_epi64(sums, 0xd8);
-            v_store(tile + r * 16 + 8 * v, _mm256_add_epi32(sums, _mm256_set1_epi32(starts[r * starts_stride])));
+            int32_t *to = totals + r * 16 + 8 * v;
+            v_store(to, _mm256_add_epi32(v_load(to), _mm256_permute4x64_epi64(sums, 0xd8)));
         }
 #endif
 }
 
-/* tile[r][n] = starts[r] + Σ over steps of the four products of x row r with output n. */
-static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps, const int32_t *starts,
-                  int64_t starts_stride, int32_t *tile) {
-#define MICRO(rows) micro_rows(rows, x, stride, panel, steps, starts, starts_stride, tile)
+#define MICRO(rows) micro_rows(rows, x, stride, panel, steps, totals)
+
+/* totals[r][n] += Σ over steps of the four products of x row r with output n. */
+static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps, int32_t *totals) {
     switch (rows) {
     case 1: MICRO(1); break;
     case 2: MICRO(2); break;
@@ -156,6 +157,10 @@ static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *pane
     default: MICRO(TILE);
     }
 }
+
+#define TILE_PART(m) eb_even_part(m, TILE)
+EB_INLINE void micro_begin(void) {}
+EB_INLINE void micro_end(void) {}
 
 #define ROWS_UP_TO(a) (rows_group(a) ? 2 : 0)
 #define ROWS_MOST 2
