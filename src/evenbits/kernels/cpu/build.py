@@ -32,7 +32,7 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mp
 # Variant → flags, per processor; "portable" needs none. A compiler that does not know them leaves the variant out.
 _VARIANTS = {
     "x86_64": {
-        "amx": [*_AVX512, "-mamx-tile", "-mamx-int8"],
+        "amx": [*_AVX512, "-mavx512vbmi", "-mamx-tile", "-mamx-int8"],
         "avx512vnni": _AVX512,
         "avxvnni": [*_AVX2, "-mavxvnni"],
         "avx2": _AVX2,

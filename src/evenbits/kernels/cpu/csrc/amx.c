@@ -16,6 +16,9 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
+/* GCC's tile loads and stores do not say that they read and write memory: buffers must be written before, read after. */
+#define TILE_FENCE() __asm__ volatile("" ::: "memory")
+
 /* What the tiles of this thread are set to: rows of the two halves of x, steps. */
 static __thread int configured[3];
 
@@ -30,6 +33,7 @@ static void configure(int upper, int lower, int steps) {
     c.bytes[4] = c.bytes[5] = (uint16_t)(4 * steps);
     c.rows[6] = c.rows[7] = (uint8_t)steps;
     c.bytes[6] = c.bytes[7] = 64;
+    TILE_FENCE();
     _tile_loadconfig(&c);
     configured[0] = upper, configured[1] = lower, configured[2] = steps;
 }
@@ -48,6 +52,7 @@ static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *pane
         memset(last, 0, sizeof last);
         memcpy(last, panel + (int64_t)(steps - steps % depth) * 256, (size_t)(steps % depth) * 256);
     }
+    TILE_FENCE();
     for (int v = 0; v < 4; v += 2) {
         int32_t *to = totals + 16 * v;
         _tile_loadd(0, to, 256);
@@ -76,9 +81,11 @@ static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *pane
             _tile_stored(3, to + 16 * 64 + 16, 256);
         }
     }
+    TILE_FENCE();
 }
 
 #define TILE_PART(m) EB_MIN(TILE, m)
+#define HAVE_THIN
 
 #include "avx512vnni.c"
 
@@ -92,7 +99,7 @@ static int supported_amx(void) {
     __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(0), "c"(0));
     if (a < 7) return 0;
     __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-    if (!(d >> 24 & 1) || !(d >> 25 & 1)) return 0; /* AMX-TILE, AMX-INT8 */
+    if (!(c >> 1 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return 0; /* AVX512-VBMI, AMX-TILE, AMX-INT8 */
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, tile data */
 }
 #else

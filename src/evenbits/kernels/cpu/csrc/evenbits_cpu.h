@@ -60,7 +60,7 @@ typedef struct {
 
 /* Slots of memory that a thread keeps between calls (threads.c). */
 enum { EB_MEM_CODES, EB_MEM_SUMS, EB_MEM_ROWS, EB_MEM_FLOATS, EB_MEM_PANEL, EB_MEM_REST, EB_MEM_SCALES, EB_MEM_TOTALS,
-       EB_MEM_SLOTS };
+       EB_MEM_THIN, EB_MEM_SLOTS };
 EB_HIDDEN void *eb_memory(int slot, size_t bytes);
 
 typedef void (*eb_task)(void *context, int64_t task);

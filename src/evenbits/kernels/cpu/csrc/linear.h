@@ -29,7 +29,8 @@ typedef struct {
     int64_t m0, m;        /* rows of this block */
     int64_t stride;       /* bytes of a row of codes */
     int64_t segment, segments;
-    int64_t direct;       /* few rows: rows.h */
+    int64_t direct;       /* few rows: rows.h, or thin.h */
+    int8_t *thin;         /* thin.h: the right factor; else NULL */
     int8_t *codes;        /* [m, stride] in the order of the decoded weights */
     int32_t *starts;      /* [m, segments]; direct: [m, stride / 8] (int8 weights: / 4), one for every int32 lane */
     eb_row *rows;         /* [m] */
@@ -47,6 +48,9 @@ static void finish(const job *j, int64_t n0, int64_t n, int32_t *totals, int64_t
 #define ROWS_UP_TO(a) 0
 static void rows_task(void *context, int64_t task) { (void)context, (void)task; }
 #endif
+#ifdef HAVE_THIN
+#include "thin.h"
+#endif
 
 /* Codes of row m of the job, arranged, with the starts of its totals. */
 static void quantize_one(job *j, int64_t m, float *floats, int8_t *natural) {
@@ -58,6 +62,12 @@ static void quantize_one(job *j, int64_t m, float *floats, int8_t *natural) {
     j->rows[m] = eb_quantize_row(a, j->m0 + m, floats, natural);
     memset(natural + k, 0, (size_t)(stride - k));
     if (!plain) eb_arrange(natural, stride - ROW_PAD, j->direct ? BLOCK : 4, codes);
+#ifdef HAVE_THIN
+    if (j->thin) {
+        thin_put(j, m, codes);
+        return;
+    }
+#endif
 #ifdef HAVE_ROWS
     if (j->direct) {
         rows_starts(a, codes, (stride - ROW_PAD) / (plain ? BLOCK : 2 * BLOCK), plain,
@@ -242,6 +252,13 @@ static int run_block(const eb_args *a, int64_t m0, int64_t m) {
     int64_t per_byte = columns_per_byte(a), quantum = BLOCK * per_byte;
     job j = {.a = a, .m0 = m0, .m = m, .stride = EB_UP(a->columns, quantum) + ROW_PAD};
     j.direct = m <= ROWS_UP_TO(a);
+#ifdef HAVE_THIN
+    if (thin_fits(a, m)) {
+        j.direct = 1;
+        j.thin = eb_memory(EB_MEM_THIN, (size_t)(m * j.stride));
+        if (!j.thin) return -1;
+    }
+#endif
     j.segment = a->group ? a->group : EB_UP(EB_MAX(a->columns, 1), quantum);
     j.segments = EB_MAX(1, (a->columns + j.segment - 1) / j.segment);
     j.codes = eb_memory(EB_MEM_CODES, (size_t)(m * j.stride));
@@ -250,6 +267,12 @@ static int run_block(const eb_args *a, int64_t m0, int64_t m) {
     if (!j.codes || !j.starts || !j.rows) return -1;
     eb_parallel(quantize_task, &j, (m + QUANTIZE_ROWS - 1) / QUANTIZE_ROWS, a->threads);
     if (j.failed) return -1;
+#ifdef HAVE_THIN
+    if (j.thin) {
+        eb_parallel(thin_task, &j, (a->outputs + THIN_OUTPUTS - 1) / THIN_OUTPUTS, a->threads);
+        return j.failed ? -1 : 0;
+    }
+#endif
     if (j.direct)
         eb_parallel(rows_task, &j, (a->outputs + ROWS_OUTPUTS - 1) / ROWS_OUTPUTS, a->threads);
     else
