@@ -219,8 +219,7 @@ def _reasons(store: Store, world: int, rank: int, grace: float) -> dict[int, str
 
 def _leave(store: Store, readers: set[int], rank: int, grace: float) -> None:
     """Say that this rank has read the reasons. Rank 0, whose process usually holds the store, waits for the others to
-    say
-    so before it raises: the store may go with it.
+    say so before it raises: the store may go with it.
     """
     until = time.monotonic() + grace
     try:
