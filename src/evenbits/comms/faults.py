@@ -157,7 +157,8 @@ def _stopped(error: Exception, grace: float) -> LinkError:
     _close(error)
     reasons = {} if lost else _reasons(store, world, rank, grace if consequence else 0.0)
     if not lost and -1 not in reasons:
-        _leave(store, world, rank, 2 * grace)
+        # Who said nothing by now reads nothing either; an error that began here wakes the others only now.
+        _leave(store, set(reasons) if consequence else set(range(world)) - {rank}, rank, 2 * grace)
     return LinkError(_sentence({**reasons, rank: mine}, world, lost or -1 in reasons))
 
 
@@ -216,16 +217,15 @@ def _reasons(store: Store, world: int, rank: int, grace: float) -> dict[int, str
         time.sleep(0.05)
 
 
-def _leave(store: Store, world: int, rank: int, grace: float) -> None:
+def _leave(store: Store, readers: set[int], rank: int, grace: float) -> None:
     """Say that this rank has read the reasons. Rank 0, whose process usually holds the store, waits for the others to
-    say
-    so before it raises: the store may go with it.
+    say so before it raises: the store may go with it.
     """
     until = time.monotonic() + grace
     try:
         store.set(f"read/{rank}", "1")
         while rank == 0 and time.monotonic() < until:
-            if all(store.check([f"read/{other}"]) for other in range(world)):
+            if all(store.check([f"read/{other}"]) for other in readers):
                 return
             time.sleep(0.05)
     except RuntimeError:  # Gone already: nobody can read any more.

@@ -2,10 +2,9 @@
 
 A card says evenbits' version, the wire's version, the codecs of both edges and the shapes and types that will travel.
 They are exchanged over the job's key-value store and not over the link itself, as JSON with keys that do not change
-between
-versions: so two versions that would misunderstand each other's messages still understand that they differ, and every
-rank comes to the same words. A stage that shows no card (another stage class, a process that died) is named after the
-timeout.
+between versions: so two versions that would misunderstand each other's messages still understand that they differ, and
+every rank comes to the same words. A stage that shows no card (another stage class, a process that died) is named
+after the timeout.
 """
 
 from __future__ import annotations

@@ -5,11 +5,10 @@
 
 A receiver posts its buffer before anything is sent, with the trailer set to zero. gloo accepts a message shorter than
 the buffer without a word, so a payload that was cut shows only in its missing trailer. `sequence` names step,
-microbatch,
-direction and slot: a message that arrives out of turn is an error, not a wrong activation. `flags` says that the sender
-could not code its tensor (comms/faults.py). `level` announces which rung of the codec ladder the sender will use in the
-NEXT step (comms/guard.py): both ends change at the same step, without a further message. Eight bytes per message are
-counted in every figure that is reported.
+microbatch, direction and slot: a message that arrives out of turn is an error, not a wrong activation. `flags` says
+that the sender could not code its tensor (comms/faults.py). `level` announces which rung of the codec ladder the
+sender will use in the NEXT step (comms/guard.py): both ends change at the same step, without a further message. Eight
+bytes per message are counted in every figure that is reported.
 """
 
 from __future__ import annotations
