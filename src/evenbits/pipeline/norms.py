@@ -38,13 +38,14 @@ def folded_norms(model: nn.Module, scheme: Scheme, batches: Batches | None) -> I
     pairs = norms_after_layers(model, trace(model, run, layouts))
     reference = float_outputs(run())
     undo = fold_norms(model, pairs, layouts)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if not outputs_equal(reference, float_outputs(run()), _ROUNDING.get(dtype, 1e-3)):
-        undo()
-        yield ("BatchNorm was not folded: the output changed when it was tried",)
-        return
     try:
-        yield (f"BatchNorm folded into the layer before it: {len(pairs)}",) if pairs else ()
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        equal = outputs_equal(reference, float_outputs(run()), _ROUNDING.get(dtype, 1e-3))
+        if equal:
+            yield (f"BatchNorm folded into the layer before it: {len(pairs)}",) if pairs else ()
+            return
     except BaseException:
         undo()
         raise
+    undo()
+    yield ("BatchNorm was not folded: the output changed when it was tried",)
