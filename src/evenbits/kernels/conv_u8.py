@@ -61,10 +61,15 @@ def _conv2d_u8(
     addend_scale: float,
     addend_zero: int,
 ) -> torch.Tensor:
-    if x.dtype != torch.uint8 or weight.dtype != torch.int8 or activation not in ACTIVATIONS:
+    if x.dtype != torch.uint8 or x.ndim != 4 or weight.dtype != torch.int8 or activation not in ACTIVATIONS:
         raise EvenbitsError(
             f"conv2d_u8 takes uint8 [N, C, H, W], an int8 weight and an activation of {', '.join(ACTIVATIONS)}; given "
-            f"{x.dtype}, {weight.dtype} and {activation!r}."
+            f"{x.dtype} {list(x.shape)}, {weight.dtype} and {activation!r}."
+        )
+    made = [len(x), len(weight), *_positions(x, weight, stride, padding, dilation)]
+    if addend is not None and (addend.dtype != torch.uint8 or list(addend.shape) != made):
+        raise EvenbitsError(
+            f"what conv2d_u8 adds is uint8 {made}, as its output; given {addend.dtype} {list(addend.shape)}."
         )
     where = (list(stride), list(padding), list(dilation), groups)
     if report_conv(x.device.type)[0] == "onednn":
@@ -134,12 +139,25 @@ def _pack(
 ) -> torch.Tensor:
     """The weight as oneDNN wants it, made once for each weight."""
     base = weight if weight._base is None else weight._base
+    if base.is_inference():  # made under inference mode: nothing tells whether it was written to since
+        return _prepack(weight, weight_scale, x_scale, x_zero, where)
     key = (id(base), weight.data_ptr(), tuple(weight.shape), str(where))
     known = _packed.get(key)
     if known is not None and known[0]() is base and known[1] == base._version:
         return known[2]
-    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, x_scale, x_zero, *where, None)
+    packed = _prepack(weight, weight_scale, x_scale, x_zero, where)
     _packed[key] = (weakref.ref(base, lambda _: _packed.pop(key, None)), base._version, packed)
+    return packed
+
+
+def _prepack(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: float,
+    x_zero: int,
+    where: tuple[list[int], list[int], list[int], int],
+) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, x_scale, x_zero, *where, None)
     return packed
 
 
@@ -168,9 +186,16 @@ def max_pool_u8(x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], p
     return best
 
 
+def _positions(
+    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of the output."""
+    sizes = x.shape[2:], weight.shape[2:], stride, padding, dilation
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sizes, strict=True)]
+
+
 def _fake(x: torch.Tensor, x_scale: float, x_zero: int, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    sizes = x.shape[2:], weight.shape[2:], *rest[2:5]  # stride, padding, dilation
-    positions = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sizes, strict=True)]
+    positions = _positions(x, weight, *rest[2:5])  # stride, padding, dilation
     dtype = torch.float32 if rest[7] == 0 else torch.uint8  # out_scale
     made = x.new_empty((x.shape[0], weight.shape[0], *positions), dtype=dtype)
     return made.to(memory_format=torch.channels_last)
@@ -200,7 +225,7 @@ def conv2d_u8(
 
     weight_scale: float32 [O]; bias: float32 [O]; padding: symmetric, (height, width); activation: one of ACTIVATIONS.
     out: (scale, zero) of uint8 output; without it the output is float32. addend: (uint8 codes of the output's shape,
-    scale, zero), added before the activation. Raises EvenbitsError for other types.
+    scale, zero), added before the activation. Raises EvenbitsError for other types and shapes.
     """
     scale, zero = (0.0, 0) if out is None else out
     other, other_scale, other_zero = (None, 1.0, 0) if addend is None else addend
