@@ -87,9 +87,8 @@ class QConv(QuantizedLayer):
         static = {"scale": self.input_scale, "zero_point": self.input_zero_point}
         codes_NK, scale_N1, _ = quantize_rows(self.balanced_input(x).flatten(1), self.input_format, **static)
         ones = (1,) * self.spatial
-        y = self._sums(codes_NK.view(x.shape)) * (scale_N1 * self.weight_scales().reshape(1, -1)).view(
-            len(x), -1, *ones
-        )
+        scales_NO = scale_N1 * self.weight_scales().reshape(1, -1)
+        y = self._sums(codes_NK.view(x.shape)) * scales_NO.view(*scales_NO.shape, *ones)
         return (y if self.bias is None else y + self.bias.view(1, -1, *ones)).to(x.dtype)
 
     def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
