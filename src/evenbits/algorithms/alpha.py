@@ -33,6 +33,7 @@ Search: TypeAlias = Generator[Sequence[Rebalance], Losses, Rebalance]
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _REFINEMENTS = 5
+_FINEST = 0.001  # every step is one more quantized copy of every layer
 _SAME = 1e-9  # relative difference of losses below which two α are as good
 
 
@@ -46,7 +47,7 @@ class AlphaGrid:
 
     @staticmethod
     def parse(text: str) -> AlphaGrid:
-        """Raises EvenbitsError for another word, numbers outside 0..1 or a step that is not positive."""
+        """Raises EvenbitsError for another word, numbers outside 0..1 or a step below 0.001."""
         word, *numbers = text.split(":")
         try:
             values = [float(number) for number in numbers]
@@ -60,11 +61,11 @@ class AlphaGrid:
         return AlphaGrid(*values).checked()
 
     def checked(self) -> AlphaGrid:
-        """Itself. Raises EvenbitsError unless 0 ≤ low ≤ high ≤ 1 and the step is positive."""
-        if not (0.0 <= self.low <= self.high <= 1.0 and 0.0 < self.step <= 1.0):
+        """Itself. Raises EvenbitsError unless 0 ≤ low ≤ high ≤ 1 and 0.001 ≤ step ≤ 1."""
+        if not (0.0 <= self.low <= self.high <= 1.0 and _FINEST <= self.step <= 1.0):
             raise EvenbitsError(
-                f"a grid of alpha runs from LOW to HIGH inside 0..1 in positive steps; given {self.low}:{self.high}:"
-                f"{self.step}."
+                f"a grid of alpha runs from LOW to HIGH inside 0..1 in steps of at least {_FINEST}; given "
+                f"{self.low}:{self.high}:{self.step}."
             )
         return self
 
@@ -97,7 +98,8 @@ def search_alpha(make: Callable[[float], Rebalance], grid: AlphaGrid, criterion:
     curve += refined.items()
     best = _best(curve)
     curve.sort()
-    if sum(left_alone) < dict(curve)[best] * (1 - _SAME):
+    least = dict(curve)[best]
+    if sum(left_alone) < least * (1 - _SAME):
         return Rebalance(None, {"untouched": sum(left_alone)}, curve=tuple(curve))
     return _finished(make(best), best, tuple(curve))
 
@@ -113,9 +115,18 @@ def _by_layer(alphas: Sequence[float], losses: Losses, criterion: str) -> float:
 
 
 def _best(curve: Sequence[tuple[float, float]]) -> float:
-    """The α of least loss; of those as good as that, the nearest to 0.5."""
-    least = min(loss for _, loss in curve)
-    good = [alpha for alpha, loss in curve if loss <= least * (1 + _SAME)]
+    """The α of least loss; of those as good as that, the nearest to 0.5. A loss that is NaN or infinite never wins.
+
+    Raises EvenbitsError if none is finite.
+    """
+    losses = {alpha: math.inf if math.isnan(loss) else loss for alpha, loss in curve}
+    least = min(losses.values())
+    if least == math.inf:
+        raise EvenbitsError(
+            "no alpha of the search gave finite outputs of the quantized layers, so none can be chosen; keep them in "
+            "float (ignore), or give alpha as a number."
+        )
+    good = [alpha for alpha, loss in losses.items() if loss <= least * (1 + _SAME)]
     return min(good, key=lambda alpha: abs(alpha - 0.5))
 
 

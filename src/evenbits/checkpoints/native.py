@@ -162,7 +162,7 @@ def _check_place(name: str, layer: QuantizedLayer, present: nn.Module) -> None:
     weight = getattr(present, "weight", None)
     shape = getattr(present, "weight_shape", tuple(weight.shape) if isinstance(weight, torch.Tensor) else ())
     if isinstance(layer, QConv):
-        floating = type(present) is layer.replaces
+        floating = isinstance(present, layer.replaces)  # or a subclass that computes the same
         geometry = QConv.geometry_of(present) if floating else {}
         if floating and isinstance(layer, QConvTranspose):  # torch stores [in, out/groups, k…]
             groups = int(geometry["groups"])

@@ -36,21 +36,35 @@ class NormAfter:
 
 
 def norms_after_layers(model: nn.Module, trace: Trace) -> list[NormAfter]:
-    """The pairs that can be folded: each module ran once, has running statistics and is in evaluation mode."""
-    found = []
+    """The pairs that can be folded: each module ran once; the norm has running statistics, no forward hooks, and is in
+    evaluation mode."""
+    found, tied = [], _tied(model, trace)
     for op in trace.ops:
         if "batch_norm" not in base_name_of(op.name) or not isinstance(op.args[0], Ref):
             continue
         norm = model.get_submodule(op.module)
         value = op.args[0].value
-        if type(norm) not in BATCH_NORMS or norm.training or norm.running_var is None or value in trace.escaped:
+        constant = type(norm) in BATCH_NORMS and not norm.training and norm.running_var is not None
+        if not constant or norm._forward_hooks or norm._forward_pre_hooks or value in trace.escaped:
             continue
         index = trace.producer.get(value)
         layer = "" if index is None else trace.ops[index].module
         once = len(trace.calls.get(layer, [])) == 1 and len(trace.readers.get(value, [])) == 1
-        if layer in trace.flow.layers and layer not in trace.flow.touched and once and _runs_once(trace, op.module):
+        if layer not in trace.flow.layers or layer in trace.flow.touched or layer in tied or not once:
+            continue
+        # A norm's channels are dimension 1, a layer's are counted from the end: of Linear's [N, L, O] they differ.
+        aligned = len(trace.shapes[value]) + trace.flow.layers[layer].channel_dim == 1
+        if aligned and _runs_once(trace, op.module):
             found.append(NormAfter(layer, op.module))
     return found
+
+
+def _tied(model: nn.Module, trace: Trace) -> set[str]:
+    """The modules whose weight is another module's, too: what is folded into it would change both."""
+    homes = [
+        [name.rpartition(".")[0] for name in names if name.endswith("weight")] for names in trace.parameters.values()
+    ]
+    return {home for names in homes for home in names if len({id(model.get_submodule(n)) for n in names}) > 1}
 
 
 def _runs_once(trace: Trace, norm: str) -> bool:
@@ -59,14 +73,24 @@ def _runs_once(trace: Trace, norm: str) -> bool:
 
 def fold_norms(model: nn.Module, pairs: list[NormAfter], layouts: Mapping[str, Layout]) -> Callable[[], None]:
     """Folds the norms and puts FoldedNorm in their places. Returns what takes all of it back, bit for bit."""
-    saved: list[tuple[nn.Module, torch.Tensor, Any]] = [_fold(model, pair, layouts[pair.layer]) for pair in pairs]
+    saved: list[tuple[nn.Module, torch.Tensor, Any]] = []
+
+    def unfold() -> None:
+        for module, weight, bias in saved:
+            module.get_parameter("weight").data.copy_(weight)
+            module._parameters["bias"] = bias
+
+    try:
+        for pair in pairs:
+            saved.append(_fold(model, pair, layouts[pair.layer]))
+    except BaseException:
+        unfold()
+        raise
     restore = replace_modules(model, {pair.norm: FoldedNorm() for pair in pairs})
 
     def undo() -> None:
         restore()
-        for module, weight, bias in saved:
-            module.get_parameter("weight").data.copy_(weight)
-            module._parameters["bias"] = bias
+        unfold()
 
     return undo
 

@@ -2,10 +2,15 @@
 
     evenbits::conv2d_u8(x, …)     y = clamp(round(act(xs·ws·Σ(x − xz)·w + b + as·(a − az)) / ys) + yz, 0, 255)
 
-On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32 and was found equal to the exact sum;
-elsewhere a float convolution of the codes, exact and slow, says so through `report_conv`. uint8 is oneDNN's activation
-type: with int8 activations it refuses or runs a reference loop. Without VNNI its uint8 kernels add pairs of products in
-16 bits and saturate silently, so they are not used there.
+On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32 and takes the zero point off in
+float32: exact while |Σ x·w| and |xz·Σ w| stay below 2²⁴, beyond that within a rounding of the larger of them. Three
+shapes are kept from it (torch 2.13), all found by tests: windows that lie in padding alone crash it
+(https://github.com/uxlfoundation/oneDNN/issues/5942), few channels and padding give wrong borders
+(https://github.com/uxlfoundation/oneDNN/issues/5080), so both are padded here; and an output one column wide under a
+wider kernel is wrong, so that (small) case is the float convolution. Elsewhere a float convolution of the codes, exact
+and slow, says so through `report_conv`. uint8 is oneDNN's activation type: with int8 activations it refuses or runs a
+reference loop. Without VNNI its uint8 kernels add pairs of products in 16 bits and saturate silently, so they are not
+used there.
 N: images, C: channels, H, W: height, width, O: out channels, g: groups.
 """
 
@@ -22,6 +27,7 @@ from torch.nn import functional as F
 from evenbits.errors import EvenbitsError
 from evenbits.kernels.torch_int8 import without_autocast
 
+_FEW_CHANNELS = 16
 ACTIVATIONS = ("none", "relu", "relu6")
 _library = torch.library.Library("evenbits", "FRAGMENT")
 _library.define(
@@ -61,16 +67,25 @@ def _conv2d_u8(
     addend_scale: float,
     addend_zero: int,
 ) -> torch.Tensor:
-    if x.dtype != torch.uint8 or weight.dtype != torch.int8 or activation not in ACTIVATIONS:
+    if x.dtype != torch.uint8 or x.ndim != 4 or weight.dtype != torch.int8 or activation not in ACTIVATIONS:
         raise EvenbitsError(
             f"conv2d_u8 takes uint8 [N, C, H, W], an int8 weight and an activation of {', '.join(ACTIVATIONS)}; given "
-            f"{x.dtype}, {weight.dtype} and {activation!r}."
+            f"{x.dtype} {list(x.shape)}, {weight.dtype} and {activation!r}."
+        )
+    made = [len(x), len(weight), *_positions(x, weight, stride, padding, dilation)]
+    if addend is not None and (addend.dtype != torch.uint8 or list(addend.shape) != made):
+        raise EvenbitsError(
+            f"what conv2d_u8 adds is uint8 {made}, as its output; given {addend.dtype} {list(addend.shape)}."
         )
     where = (list(stride), list(padding), list(dilation), groups)
-    if report_conv(x.device.type)[0] == "onednn":
+    onednn = report_conv(x.device.type)[0] == "onednn"
+    if onednn and not _padding_is_safe(x, weight, padding, dilation):
+        (top, left), where = padding, (list(stride), [0, 0], list(dilation), groups)
+        x = F.pad(x, (left, left, top, top), value=x_zero)
+    if onednn and not (made[3] == 1 and weight.shape[3] > 1):
         tail = (activation, out_scale, out_zero, addend, addend_scale, addend_zero)
         return _onednn(x, x_scale, x_zero, weight, weight_scale, bias, where, *tail)
-    if not _warned:
+    if not onednn and not _warned:
         _warned.append(True)
         warnings.warn(f"byte convolutions run as float ones: {report_conv(x.device.type)[1]}", stacklevel=2)
     product = exact_product(x, x_zero, weight, where)
@@ -78,7 +93,14 @@ def _conv2d_u8(
     y = y if bias is None else y + bias.view(1, -1, 1, 1)
     y = y if addend is None else y + (addend.float() - addend_zero) * addend_scale
     y = y.relu() if activation == "relu" else y.clamp(0, 6) if activation == "relu6" else y
-    return y if out_scale == 0 else to_bytes(y, out_scale, out_zero)
+    return y.contiguous(memory_format=torch.channels_last) if out_scale == 0 else to_bytes(y, out_scale, out_zero)
+
+
+def _padding_is_safe(x: torch.Tensor, weight: torch.Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether oneDNN may pad by itself: not a few channels, and no window that lies in padding alone (or nearly so)."""
+    sizes = x.shape[2:], weight.shape[2:], padding, dilation
+    inside = all(p < k and d * (k - 1) < n for n, k, p, d in zip(*sizes, strict=True))
+    return not any(padding) or (inside and weight.shape[1] >= _FEW_CHANNELS)
 
 
 def exact_product(
@@ -134,12 +156,25 @@ def _pack(
 ) -> torch.Tensor:
     """The weight as oneDNN wants it, made once for each weight."""
     base = weight if weight._base is None else weight._base
+    if base.is_inference():  # made under inference mode: nothing tells whether it was written to since
+        return _prepack(weight, weight_scale, x_scale, x_zero, where)
     key = (id(base), weight.data_ptr(), tuple(weight.shape), str(where))
     known = _packed.get(key)
     if known is not None and known[0]() is base and known[1] == base._version:
         return known[2]
-    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, x_scale, x_zero, *where, None)
+    packed = _prepack(weight, weight_scale, x_scale, x_zero, where)
     _packed[key] = (weakref.ref(base, lambda _: _packed.pop(key, None)), base._version, packed)
+    return packed
+
+
+def _prepack(
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    x_scale: float,
+    x_zero: int,
+    where: tuple[list[int], list[int], list[int], int],
+) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, x_scale, x_zero, *where, None)
     return packed
 
 
@@ -168,9 +203,16 @@ def max_pool_u8(x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], p
     return best
 
 
+def _positions(
+    x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of the output."""
+    sizes = x.shape[2:], weight.shape[2:], stride, padding, dilation
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sizes, strict=True)]
+
+
 def _fake(x: torch.Tensor, x_scale: float, x_zero: int, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-    sizes = x.shape[2:], weight.shape[2:], *rest[2:5]  # stride, padding, dilation
-    positions = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(*sizes, strict=True)]
+    positions = _positions(x, weight, *rest[2:5])  # stride, padding, dilation
     dtype = torch.float32 if rest[7] == 0 else torch.uint8  # out_scale
     made = x.new_empty((x.shape[0], weight.shape[0], *positions), dtype=dtype)
     return made.to(memory_format=torch.channels_last)
@@ -200,7 +242,7 @@ def conv2d_u8(
 
     weight_scale: float32 [O]; bias: float32 [O]; padding: symmetric, (height, width); activation: one of ACTIVATIONS.
     out: (scale, zero) of uint8 output; without it the output is float32. addend: (uint8 codes of the output's shape,
-    scale, zero), added before the activation. Raises EvenbitsError for other types.
+    scale, zero), added before the activation. Raises EvenbitsError for other types and shapes.
     """
     scale, zero = (0.0, 0) if out is None else out
     other, other_scale, other_zero = (None, 1.0, 0) if addend is None else addend

@@ -12,7 +12,7 @@ ends a chain, and the report says so.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,20 +57,19 @@ def fuse(model: nn.Module, data: Iterable[Any]) -> Fused:
     """
     with evaluation_mode(model):
         graph = _graph(model)
-        groups, apart = byte_groups(model, graph)
+        batches = Batches(model, data, progress=False)
+        seen = _seen(model, graph, batches)
+        groups, apart = byte_groups(model, graph, {node: value.shape for node, value in seen.items()})
         if not any(group.grid_out for group in groups):
             reasons = "; ".join(f"{name}: {why}" for name, why in list(apart.items())[:5])
-            raise EvenbitsError(f"no convolution hands bytes to another one. {reasons or 'There is none.'}")
-        batches = Batches(model, data, progress=False)
-        ranges = _ranges(model, graph, [g for g in groups if g.needs_range], batches)
-        fused = _Builder(model, graph, groups, ranges).build()
+            raise EvenbitsError(f"no convolution hands bytes to another one. {reasons or 'None reads another.'}")
+        fused = _Builder(model, graph, groups, _ranges(groups, seen)).build().eval()
         error = RunningError()
         for batch in batches.kept:
-            with torch.no_grad():
-                error.add(_call(model, batch), _call(fused, batch))
+            error.add(_output(model, batch), _output(fused, batch))
     rows = [_row(group) for group in groups] + [ChainRow(name, "apart", why) for name, why in apart.items()]
     backend, why = report_conv(next(model.buffers()).device.type)
-    return Fused(fused.eval(), tuple(rows), error.sqnr_db, f"{backend} ({why})")
+    return Fused(fused, tuple(rows), error.sqnr_db, f"{backend} ({why})")
 
 
 class _Tracer(fx.Tracer):
@@ -96,11 +95,8 @@ def _row(group: Group) -> ChainRow:
     return ChainRow(group.name, "u8" if group.grid_out else "float out", " and ".join(inside))
 
 
-def _call(model: nn.Module, batch: Any) -> torch.Tensor:
-    if isinstance(batch, dict):
-        found = model(**batch)
-    else:
-        found = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+def _output(model: nn.Module, batch: Any) -> torch.Tensor:
+    found = Batches(model, [batch], progress=False).run(batch)
     if not isinstance(found, torch.Tensor):
         raise EvenbitsError(
             f"byte chains are for models that return one tensor; this one returns {type(found).__name__}."
@@ -108,33 +104,64 @@ def _call(model: nn.Module, batch: Any) -> torch.Tensor:
     return found
 
 
-def _ranges(model: nn.Module, graph: fx.Graph, groups: list[Group], batches: Batches) -> dict[fx.Node, Grid]:
-    """Grids of tensors that only additions read: they span what the batches show."""
-    wanted = {group.end for group in groups}
-    if not wanted:
-        return {}
-    seen: dict[fx.Node, tuple[float, float]] = {}
+@dataclass(frozen=True)
+class _Value:
+    """What the batches show of a tensor: its shape and type in the first one, and the range of all."""
 
-    class _Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n in wanted:
-                low, high = seen.get(n, (0.0, 0.0))
-                seen[n] = min(low, float(value.min())), max(high, float(value.max()))
-            return value
+    shape: torch.Size
+    dtype: torch.dtype
+    low: float
+    high: float
 
-    watch = _Watch(fx.GraphModule(model, graph))
+
+def _seen(model: nn.Module, graph: fx.Graph, batches: Batches) -> dict[fx.Node, _Value]:
+    watcher = _Watcher(model, graph)
+    watching = Batches(watcher, batches.kept, progress=False)
     for batch in batches.kept:
-        given = (
-            batch
-            if isinstance(batch, (tuple, list))
-            else tuple(batch.values())
-            if isinstance(batch, dict)
-            else (batch,)
-        )
-        with torch.no_grad():
-            watch.run(*given)
-    return {node: _spanning(low, high) for node, (low, high) in seen.items()}
+        watching.run(batch)
+    for node, value in watcher.seen.items():
+        if value.dtype != torch.float32:
+            raise EvenbitsError(f"byte chains are float32 outside; {node.name} is {value.dtype}. Use model.float().")
+    return watcher.seen
+
+
+class _Watcher(nn.Module):
+    """Runs a graph node by node and remembers what its float tensors look like."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        self.module = fx.GraphModule(model, graph)
+        self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self.seen: dict[fx.Node, _Value] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments by position, then by name, then by default, as the model takes them."""
+        outer = self
+
+        class _Interpreter(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+                    outer.see(n, value)
+                return value
+
+        named = [kwargs.get(str(n.target), n.args[0] if n.args else None) for n in self.inputs[len(args) :]]
+        _Interpreter(self.module).run(*args, *(named if kwargs else ()))
+
+    def see(self, node: fx.Node, value: torch.Tensor) -> None:
+        """Takes one tensor in."""
+        known = self.seen.get(node, _Value(value.shape, value.dtype, 0.0, 0.0))
+        low, high = value.aminmax()
+        self.seen[node] = replace(known, low=min(known.low, float(low)), high=max(known.high, float(high)))
+
+
+def _ranges(groups: list[Group], seen: dict[fx.Node, _Value]) -> dict[fx.Node, Grid]:
+    """Grids of tensors that only additions read, and of what is added and was no convolution's; they span what the
+    batches show."""
+    ends = {group.end for group in groups}
+    wanted = {group.end for group in groups if group.needs_range}
+    wanted |= {group.addend for group in groups if group.addend is not None and group.addend not in ends}
+    return {node: _spanning(seen[node].low, seen[node].high) for node in wanted}
 
 
 def _spanning(low: float, high: float) -> Grid:
@@ -174,16 +201,23 @@ class _Builder:
         addend = None
         if group.addend is not None:
             known = self.bytes.get(group.addend)
-            addend = known[1] if known else self.grids.get(group.addend) or group.grid_out or group.grid_in
+            addend = known[1] if known else self.grids[group.addend]
             args = (x, self._as_bytes(group.addend, addend))
         out = group.grid_out or self.grids.get(group.end)
-        name = group.name.replace(".", "_") + "_u8"
+        name = self._new_name(group.name)
         self.made[name] = U8Conv2d(group.layer, group.activation, out, addend)
         node = self.new.call_module(name, args)
         if out is None:
             self.floats[group.end] = node
         else:
             self.bytes[group.end] = (node, out)
+
+    def _new_name(self, name: str) -> str:
+        """A name for the byte form of a convolution: one may be called twice, "a.b" and "a_b" may both be there."""
+        name = name.replace(".", "_") + "_u8"
+        while name in self.made or hasattr(self.model, name):
+            name += "_"
+        return name
 
     def _plain(self, node: fx.Node) -> None:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None

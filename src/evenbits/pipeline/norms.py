@@ -41,15 +41,15 @@ def folded_norms(
     pairs = norms_after_layers(model, trace(model, run, layouts))
     reference = float_outputs(run())
     undo = fold_norms(model, pairs, layouts)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if not outputs_equal(reference, float_outputs(run()), _ROUNDING.get(dtype, 1e-3)):
-        undo()
-        yield ("BatchNorm was not folded: the output changed when it was tried",)
-        return
     try:
-        yield (f"BatchNorm folded into the layer before it: {len(pairs)}",) if pairs else ()
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        equal = outputs_equal(reference, float_outputs(run()), _ROUNDING.get(dtype, 1e-3))
+        if equal:
+            yield (f"BatchNorm folded into the layer before it: {len(pairs)}",) if pairs else ()
     except BaseException:
         undo()
         raise
-    if not keep:
+    if not equal or not keep:
         undo()
+    if not equal:
+        yield ("BatchNorm was not folded: the output changed when it was tried",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from evenbits.errors import EvenbitsError
 from evenbits.nn.conv import QConv, QConv2d
 from evenbits.nn.conv_u8 import Grid, input_grid
 
@@ -17,6 +19,7 @@ _RELU = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 _RELU_FUNCTIONS = {torch.relu: "relu", F.relu: "relu", torch.relu_: "relu", F.relu6: "relu6"}
 _RELU_METHODS = {"relu": "relu", "relu_": "relu"}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_WRITING_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, torch.relu_)
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -37,28 +40,64 @@ class Group:
     inner: list[fx.Node] = field(default_factory=list)
 
 
-def byte_groups(model: nn.Module, graph: fx.Graph) -> tuple[list[Group], dict[str, str]]:
-    """The groups of a graph, in its order, and for every other quantized convolution why it stays apart."""
-    modules = dict(model.named_modules())
+def byte_groups(
+    model: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, torch.Size]
+) -> tuple[list[Group], dict[str, str]]:
+    """The groups of a graph, in its order, and for every other quantized convolution why it stays apart.
+
+    shapes: of the tensors of one forward. Raises EvenbitsError if a tensor is read after it was written to in place.
+    """
+    _check_writes(model, graph)
     groups: list[Group] = []
     apart: dict[str, str] = {}
     for node in graph.nodes:
-        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        layer = _module(model, node)
         if not isinstance(layer, QConv):
             continue
         name = str(node.target)
+        source = node.args[0] if node.args else node.kwargs.get("input")
         reason = _why_apart(layer)
+        if not reason and len(shapes[node]) != 4:
+            reason = "its input is not a batch [N, C, H, W]"
         if reason or not isinstance(layer, QConv2d):
             apart[name] = reason or f"{type(layer).__name__} has no byte form"
             continue
         grid = input_grid(layer)
         assert grid is not None  # _why_apart
-        groups.append(Group(name, layer, node.args[0], node, grid))
+        groups.append(Group(name, layer, source, node, grid))
+    called = {id(_module(model, node)) for node in graph.nodes}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QConv) and id(layer) not in called:
+            apart[name] = "the traced forward does not call it"
     taken: set[fx.Node] = set()
     for group in groups:
-        _extend(model, group, taken)
+        _extend(model, group, taken, shapes)
     _grids(model, groups)
     return groups, apart
+
+
+def _check_writes(model: nn.Module, graph: fx.Graph) -> None:
+    """A chain knows values, not memory: who reads a tensor after it was written to would get it as it was before."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        written = node.args[0] if _writes(model, node) and node.args else None
+        while isinstance(written, fx.Node):
+            late = next((user for user in written.users if order[user] > order[node]), None)
+            if late is not None:
+                raise EvenbitsError(
+                    f"{node.name} writes into the tensor that {late.name} reads afterwards; byte chains cannot follow "
+                    "that. Use the value it returns (x = relu(x)), or leave the tensor as it is."
+                )
+            written = written.args[0] if passes(model, written) and written.args else None
+
+
+def _writes(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op == "call_function":
+        relu = node.target in (F.relu, F.relu6) and node.args[1:2] == (True,)
+        return node.target in _WRITING_FUNCTIONS or node.kwargs.get("inplace") is True or relu
+    return getattr(_module(model, node), "inplace", False) is True
 
 
 def _why_apart(layer: QConv) -> str:
@@ -73,12 +112,13 @@ def _why_apart(layer: QConv) -> str:
     return "" if input_grid(layer) is not None else f"{layer.input_format} and {layer.weight_format} are not int8"
 
 
-def _extend(model: nn.Module, group: Group, taken: set[fx.Node]) -> None:
+def _extend(model: nn.Module, group: Group, taken: set[fx.Node], shapes: Mapping[fx.Node, torch.Size]) -> None:
     """Takes the addition and the activation that only this convolution's value flows into."""
     user = _only_user(model, group.end)
     if user is not None and user not in taken and _is_add(user):
         other = next((arg for arg in user.args[:2] if arg is not _back(model, user, group.end)), None)
-        if isinstance(other, fx.Node):  # of two convolutions that are added the first one takes the addition
+        alike = shapes.get(other) == shapes[group.end] if isinstance(other, fx.Node) else False
+        if isinstance(other, fx.Node) and alike:  # of two convolutions that are added the first one takes the addition
             _advance(model, group, user)
             group.addend = other
             taken.add(user)
