@@ -2,7 +2,8 @@
 
     python benchmarks/smoothing_cost.py --data DIR [--json]
 
-MiniLM on 64 sentences and ResNet-20 on 96 pictures, W8A8_STATIC. "Forward" is one walk of the float model over them. Extra memory is the peak of live tensor bytes above the model and the data, with 4 and with 16 batches.
+MiniLM on 64 sentences and ResNet-20 on 96 pictures, W8A8_STATIC. "Forward" is one walk of the float model over them.
+Extra memory is the peak of live tensor bytes above the model and the data, with 4 and with 16 batches.
 Process CPU time, the smallest of three. DIR holds minilm_glue/, sst2/, resnet_cifar10/ and cifar10/.
 """
 
