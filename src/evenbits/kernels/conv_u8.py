@@ -2,10 +2,15 @@
 
     evenbits::conv2d_u8(x, …)     y = clamp(round(act(xs·ws·Σ(x − xz)·w + b + as·(a − az)) / ys) + yz, 0, 255)
 
-On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32 and was found equal to the exact sum;
-elsewhere a float convolution of the codes, exact and slow, says so through `report_conv`. uint8 is oneDNN's activation
-type: with int8 activations it refuses or runs a reference loop. Without VNNI its uint8 kernels add pairs of products in
-16 bits and saturate silently, so they are not used there.
+On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32 and takes the zero point off in
+float32: exact while |Σ x·w| and |xz·Σ w| stay below 2²⁴, beyond that within a rounding of the larger of them. Three
+shapes are kept from it (torch 2.13), all found by tests: windows that lie in padding alone crash it
+(https://github.com/uxlfoundation/oneDNN/issues/5942), few channels and padding give wrong borders
+(https://github.com/uxlfoundation/oneDNN/issues/5080), so both are padded here; and an output one column wide under a
+wider kernel is wrong, so that (small) case is the float convolution. Elsewhere a float convolution of the codes, exact
+and slow, says so through `report_conv`. uint8 is oneDNN's activation type: with int8 activations it refuses or runs a
+reference loop. Without VNNI its uint8 kernels add pairs of products in 16 bits and saturate silently, so they are not
+used there.
 N: images, C: channels, H, W: height, width, O: out channels, g: groups.
 """
 
@@ -22,6 +27,7 @@ from torch.nn import functional as F
 from evenbits.errors import EvenbitsError
 from evenbits.kernels.torch_int8 import without_autocast
 
+_FEW_CHANNELS = 16
 ACTIVATIONS = ("none", "relu", "relu6")
 _library = torch.library.Library("evenbits", "FRAGMENT")
 _library.define(
@@ -72,10 +78,14 @@ def _conv2d_u8(
             f"what conv2d_u8 adds is uint8 {made}, as its output; given {addend.dtype} {list(addend.shape)}."
         )
     where = (list(stride), list(padding), list(dilation), groups)
-    if report_conv(x.device.type)[0] == "onednn":
+    onednn = report_conv(x.device.type)[0] == "onednn"
+    if onednn and not _padding_is_safe(x, weight, padding, dilation):
+        (top, left), where = padding, (list(stride), [0, 0], list(dilation), groups)
+        x = F.pad(x, (left, left, top, top), value=x_zero)
+    if onednn and not (made[3] == 1 and weight.shape[3] > 1):
         tail = (activation, out_scale, out_zero, addend, addend_scale, addend_zero)
         return _onednn(x, x_scale, x_zero, weight, weight_scale, bias, where, *tail)
-    if not _warned:
+    if not onednn and not _warned:
         _warned.append(True)
         warnings.warn(f"byte convolutions run as float ones: {report_conv(x.device.type)[1]}", stacklevel=2)
     product = exact_product(x, x_zero, weight, where)
@@ -83,7 +93,14 @@ def _conv2d_u8(
     y = y if bias is None else y + bias.view(1, -1, 1, 1)
     y = y if addend is None else y + (addend.float() - addend_zero) * addend_scale
     y = y.relu() if activation == "relu" else y.clamp(0, 6) if activation == "relu6" else y
-    return y if out_scale == 0 else to_bytes(y, out_scale, out_zero)
+    return y.contiguous(memory_format=torch.channels_last) if out_scale == 0 else to_bytes(y, out_scale, out_zero)
+
+
+def _padding_is_safe(x: torch.Tensor, weight: torch.Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether oneDNN may pad by itself: not a few channels, and no window that lies in padding alone (or nearly so)."""
+    sizes = x.shape[2:], weight.shape[2:], padding, dilation
+    inside = all(p < k and d * (k - 1) < n for n, k, p, d in zip(*sizes, strict=True))
+    return not any(padding) or (inside and weight.shape[1] >= _FEW_CHANNELS)
 
 
 def exact_product(
