@@ -38,7 +38,7 @@ class NormAfter:
 def norms_after_layers(model: nn.Module, trace: Trace) -> list[NormAfter]:
     """The pairs that can be folded: each module ran once; the norm has running statistics, no forward hooks, and is in
     evaluation mode."""
-    found = []
+    found, tied = [], _tied(model, trace)
     for op in trace.ops:
         if "batch_norm" not in base_name_of(op.name) or not isinstance(op.args[0], Ref):
             continue
@@ -50,13 +50,21 @@ def norms_after_layers(model: nn.Module, trace: Trace) -> list[NormAfter]:
         index = trace.producer.get(value)
         layer = "" if index is None else trace.ops[index].module
         once = len(trace.calls.get(layer, [])) == 1 and len(trace.readers.get(value, [])) == 1
-        if layer not in trace.flow.layers or layer in trace.flow.touched or not once:
+        if layer not in trace.flow.layers or layer in trace.flow.touched or layer in tied or not once:
             continue
         # A norm's channels are dimension 1, a layer's are counted from the end: of Linear's [N, L, O] they differ.
         aligned = len(trace.shapes[value]) + trace.flow.layers[layer].channel_dim == 1
         if aligned and _runs_once(trace, op.module):
             found.append(NormAfter(layer, op.module))
     return found
+
+
+def _tied(model: nn.Module, trace: Trace) -> set[str]:
+    """The modules whose weight is another module's, too: what is folded into it would change both."""
+    homes = [
+        [name.rpartition(".")[0] for name in names if name.endswith("weight")] for names in trace.parameters.values()
+    ]
+    return {home for names in homes for home in names if len({id(model.get_submodule(n)) for n in names}) > 1}
 
 
 def _runs_once(trace: Trace, norm: str) -> bool:
