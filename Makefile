@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test slow lint clean
+BUILD := src/evenbits/kernels/cpu/build.py
+CSRC := $(BUILD) $(wildcard src/evenbits/kernels/cpu/csrc/*)
 
-demo: $(VENV)/ready
+.PHONY: demo test slow lint clean kernels sanitize
+
+demo: $(VENV)/kernels
 	$(BIN)/evenbits demo
 
 # Two workers with one thread each: two torch thread pools on two cores wait for each other more than they work.
-test: $(VENV)/ready lint
+test: $(VENV)/kernels lint
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2
 
-slow: $(VENV)/ready
+slow: $(VENV)/kernels
 	$(PYTEST) -m slow
 
 lint: $(VENV)/ready
@@ -28,5 +31,21 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Rebuilt when a C source changes; a library of other sources than those beside it is refused when it is loaded.
+$(VENV)/kernels: $(VENV)/ready $(CSRC)
+	-$(BIN)/python $(BUILD)
+	touch $@
+
+kernels: $(VENV)/ready
+	$(BIN)/python $(BUILD)
+	touch $(VENV)/kernels
+
+# The kernels' tests with address and undefined-behaviour checks (GCC; torch itself is not instrumented).
+sanitize: $(VENV)/ready
+	mkdir -p build/sanitized
+	$(BIN)/python $(BUILD) --sanitize build/sanitized
+	EVENBITS_CPU_LIBRARY=build/sanitized/libevenbits_cpu.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(PYTEST) -p no:cacheprovider tests/kernels/test_cpu_kernels.py
+
 clean:
-	rm -rf $(VENV) evenbits-demo
+	rm -rf $(VENV) evenbits-demo build src/evenbits/kernels/cpu/libevenbits_cpu.*

@@ -10,7 +10,10 @@ import torch
 
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import dispatch, report, use_backend
+from evenbits.kernels.cpu import loader
 from evenbits.kernels.ops import int8_matmul, linear_w8a8
+
+needs_library = pytest.mark.skipif(loader.status().library is None, reason=loader.status().reason)
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +24,8 @@ def _fresh_choices() -> Iterator[None]:
 
 
 def _vnni(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
+    """A machine without the CPU library, with or without VNNI."""
+    monkeypatch.setattr(loader, "status", lambda: loader.Status(None, "the library is absent"))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: present)
 
 
@@ -53,10 +58,26 @@ def test_results_are_identical_with_and_without_vnni(monkeypatch: pytest.MonkeyP
         assert linear_w8a8(*args).equal(expected)
 
 
-def test_with_vnni_nothing_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_absent_library_is_said_aloud_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     _vnni(monkeypatch, True)
     with caplog.at_level(logging.DEBUG, "evenbits.kernels"):
         assert dispatch.choice("cpu").backend == "torch_int_mm"
+        assert dispatch.choice("cpu").backend == "torch_int_mm"
+    assert [(r.name, r.levelname) for r in caplog.records] == [("evenbits.kernels", "WARNING")]
+    assert "the library is absent" in caplog.text
+    assert "the library is absent" in dispatch.choice("cpu").reason
+    with pytest.raises(EvenbitsError, match="'c' is not there: the library is absent"), use_backend("c"):
+        pytest.fail("an absent backend was entered")
+
+
+@needs_library
+def test_the_library_runs_silently_and_names_its_variant(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "evenbits.kernels"):
+        assert dispatch.choice("cpu").backend == "c"
+        with loader.use_variant("portable"):
+            assert dispatch.choice("cpu").reason.endswith("variant portable")
     assert caplog.records == []
 
 
@@ -70,7 +91,9 @@ def test_cuda_needs_no_vnni_and_other_devices_say_why(
     assert "no integer matrix product on mps" in caplog.text
 
 
-@pytest.mark.parametrize("name", list(dispatch.BACKENDS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[needs_library] if n == "c" else []) for n in dispatch.BACKENDS]
+)
 def test_forcing_a_backend_calls_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     calls: list[str] = []
 
@@ -81,7 +104,9 @@ def test_forcing_a_backend_calls_it(monkeypatch: pytest.MonkeyPatch, name: str) 
     monkeypatch.setitem(dispatch.BACKENDS, name, spy)
     ones = torch.ones(2, 3, dtype=torch.int8)
     with use_backend(name):
-        assert dispatch.choice("cpu") == dispatch.Choice("cpu", name, "forced by use_backend")
+        chosen = dispatch.choice("cpu")
+        assert (chosen.device, chosen.backend) == ("cpu", name)
+        assert chosen.reason.startswith("forced by use_backend")
         int8_matmul(ones, ones)
     assert calls == [name]
 

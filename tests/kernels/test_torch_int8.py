@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import reference, torch_int8
+from evenbits.kernels.cpu import loader
 from evenbits.kernels.dispatch import BACKENDS
 
 needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="torch._int_mm saturates without VNNI")
-EACH = [pytest.param(name, marks=[needs_vnni] if name == "torch_int_mm" else []) for name in BACKENDS]
+needs_library = pytest.mark.skipif(loader.status().library is None, reason=loader.status().reason)
+MARKS = {"torch_int_mm": [needs_vnni], "c": [needs_library]}
+EACH = [pytest.param(name, marks=MARKS.get(name, [])) for name in BACKENDS]
 
 
 def _exact(a: torch.Tensor, b: torch.Tensor) -> list[list[int]]:
@@ -25,7 +28,7 @@ def _codes(*shape: int, low: int = -128) -> torch.Tensor:
 
 
 def test_there_are_backends_to_test() -> None:
-    assert {"torch_int_mm", "torch_fp32", "reference"} == set(BACKENDS)
+    assert {"c", "torch_int_mm", "torch_fp32", "reference"} == set(BACKENDS)
 
 
 @pytest.mark.parametrize("backend", EACH)

@@ -24,6 +24,8 @@ OUTLIERS = {"int": [12, 16, 24, 32, 48, 64, 96], "flint_i8": [20, 24, 32, 48, 64
 INTEGER = ["int4:row", "flint4:row", "ovp4-int:row", "ovp4-flint_i8:row", "int4:tensor", "ovp4-int:tensor"]
 FLOAT = ["ovp4-flint:row", "ovp4:g16", "ovp4-mix:g16", "nf4:row", "fp4:row", "mxfp4", "nvfp4", "int4:g16", "flint4:g16"]
 FLOAT += ["ovp8:row", "fp8:row", "uint4:row:affine", "fp8:g16"]
+PACKED = ["ovp4-flint:row", "ovp4:g16", "fp4:row", "mxfp4", "nvfp4", "int4:g16", "flint4:g16", "ovp4-flint:g32"]
+PACKED += ["ovp4-int:g128", "pot4:row", "int4:g24"]  # integers only with int8 activations, from packed bytes
 EVERY = [*INTEGER, *FLOAT, "int8:row", "int3:row", "pot4:row", "ant4:row", "ovp4:row:paper", "ovp4-i8:row", "int2:g8"]
 BYTES = {"weight_scale", "weight_global_scale", "weight_kinds", "weight", "input_scale"}
 
@@ -90,10 +92,28 @@ def test_the_integer_path_is_the_float64_product(weight: str, activation: str, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_float_path_is_the_float_layer(weight: str, activation: str | None, dtype: torch.dtype) -> None:
     layer, encoded = _layer(weight, activation)
-    assert not layer.is_integer
+    assert layer.is_integer == (activation == "int8:row" and weight in PACKED)
+    if layer.is_integer:
+        return
     x = torch.randn(2, 3, 37).to(dtype)
     rounded = x if activation is None else fake_quantize(x, Format.parse(activation))
     assert layer(x).equal(nn.functional.linear(rounded, encoded.dequantize(dtype), layer.bias.to(dtype)))
+
+
+@pytest.mark.parametrize("activation", ["int8:row", "int8:tensor", "int8:row:127.5"])
+@pytest.mark.parametrize("weight", PACKED)
+@pytest.mark.parametrize("columns", [37, 64, 300])
+def test_packed_weights_run_in_integers(weight: str, activation: str, columns: int) -> None:
+    layer, encoded = _layer(weight, activation, columns=columns)
+    assert layer.is_integer
+    assert layer.is_packed
+    x = torch.randn(5, columns)
+    rounded = fake_quantize(x, Format.parse(activation)).double()
+    decoded, bias = encoded.dequantize().double(), layer.bias.double()
+    exact = rounded @ decoded.t() + bias
+    # Decoded numbers and group sums are float32: every term has a few roundings.
+    scale = rounded.abs() @ decoded.abs().t() + bias.abs()
+    assert ((layer(x) - exact).abs() <= scale * (8 + columns / 8) * 2.0**-24).all()
 
 
 @pytest.mark.parametrize("activation", ["flint4:tensor", "ovp4-int:tensor", "fp8:tensor", "ovp4-flint:tensor:paper"])
@@ -111,10 +131,10 @@ def test_static_activations_of_four_bits(weight: str, activation: str) -> None:
 
 
 def test_affine_activations_meet_packed_weights() -> None:
-    for weight in ("int4:row", "flint4:row", "ovp4-int:row"):
+    for weight in ("int4:row", "flint4:row", "ovp4-int:row", "ovp4-flint:row", "fp4:row"):
         layer, encoded = _layer(weight, "int8:row:affine")
         assert layer.weight_sum is not None
-        sums = encoded.values().double().sum(1)
+        sums = encoded.values().double().sum(1) * (2 if weight == "fp4:row" else 1)
         assert layer.weight_sum.tolist() == sums.tolist()
         x = torch.rand(3, 37) * 4 + 1
         expected = nn.functional.linear(

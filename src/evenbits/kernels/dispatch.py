@@ -1,4 +1,10 @@
-"""Which backend computes integer products, and why. Chosen once per device type; never silently a slow one."""
+"""Which backend computes integer products, and why. Chosen once per device type; never silently a slow one.
+
+c             the library's own kernels (cpu/): everything of a linear layer in one call
+torch_int_mm  torch's int8 product, where it is exact; the steps around it by torch operations
+torch_fp32    exact float32 products of the codes: right anywhere, no faster than float
+reference     the oracle of the tests
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,16 @@ from functools import cache
 
 import torch
 
-from evenbits.errors import unknown_name
+from evenbits.errors import EvenbitsError, unknown_name
 from evenbits.kernels import reference, torch_int8
+from evenbits.kernels.cpu import calls, loader
 
 _log = logging.getLogger("evenbits.kernels")
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 BACKENDS: dict[str, Matmul] = {
+    "c": calls.int8_matmul,
     "torch_int_mm": torch_int8.int_mm,
     "torch_fp32": torch_int8.fp32,
     "reference": reference.int8_matmul,
@@ -38,20 +46,36 @@ class Choice:
 def _choose(device: str) -> Choice:
     if device == "cuda":
         return Choice(device, "torch_int_mm", "torch._int_mm on tensor cores")
-    if device == "cpu" and torch.cpu._is_vnni_supported():
-        return Choice(device, "torch_int_mm", "torch._int_mm, exact on this CPU (it has VNNI)")
-    reason = (
-        "this CPU has no VNNI, where torch._int_mm saturates silently"
-        if device == "cpu"
-        else f"torch has no integer matrix product on {device}"
+    if device != "cpu":
+        return _slow(device, f"torch has no integer matrix product on {device}")
+    missing = loader.status()
+    if missing.library is not None:
+        return Choice(device, "c", "evenbits' own kernels")
+    if not torch.cpu._is_vnni_supported():
+        return _slow(device, f"this CPU has no VNNI, where torch._int_mm saturates silently, and {missing.reason}")
+    _log.warning("%s: torch's own operations run, with the same results, slower.", missing.reason)
+    return Choice(
+        device, "torch_int_mm", f"{missing.reason}; torch._int_mm instead, exact on this CPU (it has VNNI), slower"
     )
+
+
+def _slow(device: str, reason: str) -> Choice:
     _log.warning("%s: products of int8 codes run in exact float32: same results, no speed-up.", reason)
     return Choice(device, "torch_fp32", f"{reason}; exact float32 products: same results, no speed-up")
 
 
 def choice(device: str) -> Choice:
-    """The backend that serves `device` ("cpu", "cuda", …) now."""
-    return Choice(device, _forced[-1], "forced by use_backend") if _forced else _choose(device)
+    """The backend that serves `device` ("cpu", "cuda", …) now. Raises EvenbitsError for a CPU library of other sources
+    than those beside it."""
+    forced = bool(_forced) and (device == "cpu" or _forced[-1] != "c")
+    chosen = Choice(device, _forced[-1], "forced by use_backend") if forced else _choose(device)
+    return Choice(device, "c", f"{chosen.reason}, {_variant()}") if chosen.backend == "c" else chosen
+
+
+def _variant() -> str:
+    library = loader.status().library
+    one = "" if library is None or library.threads else "; one thread: torch's OpenMP pool was not found"
+    return f"variant {loader.variant()}{one}"
 
 
 def matmul(device: str) -> Matmul:
@@ -66,9 +90,12 @@ def report() -> list[Choice]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces a backend inside a `with` block. Raises EvenbitsError for an unknown name."""
+    """Forces a backend inside a `with` block ("c": on the CPU only). Raises EvenbitsError for an unknown name, and for
+    "c" without its library."""
     if name not in BACKENDS:
         raise unknown_name("kernel backend", name, BACKENDS)
+    if name == "c" and loader.status().library is None:
+        raise EvenbitsError(f"the backend 'c' is not there: {loader.status().reason}.")
     _forced.append(name)
     try:
         yield

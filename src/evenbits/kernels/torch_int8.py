@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 _EXACT_K = 1024  # 1024 products of at most 128·128 sum to at most 2**24
+_EXACT_K_WIDE = 512  # 512 products of at most 128·256
 _CUDA_MIN_M, _CUDA_MULTIPLE = 17, 8
 
 
@@ -48,10 +49,14 @@ def _padded(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
 
 def fp32(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     """int8 [M, K] · int8 [N, K]ᵀ → int32 [M, N] by exact float32 partial products."""
-    rows, columns = a_MK.shape[0], b_NK.shape[0]
-    total = torch.zeros(rows, columns, dtype=torch.int32, device=a_MK.device)
+    return exact_product(a_MK, b_NK, _EXACT_K)
+
+
+def exact_product(a_MK: torch.Tensor, b_NK: torch.Tensor, exact_k: int = _EXACT_K_WIDE) -> torch.Tensor:
+    """int8 codes · integer values up to ±256, of any type → int32 [M, N], by float32 partial sums that are exact."""
+    total = torch.zeros(a_MK.shape[0], b_NK.shape[0], dtype=torch.int32, device=a_MK.device)
     with without_autocast(a_MK.device):
-        for start in range(0, a_MK.shape[1], _EXACT_K):
-            stop = start + _EXACT_K
+        for start in range(0, a_MK.shape[1], exact_k):
+            stop = start + exact_k
             total += (a_MK[:, start:stop].float() @ b_NK[:, start:stop].float().t()).to(torch.int32)
     return total

@@ -21,6 +21,7 @@ from torch import nn
 
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
+from evenbits.kernels.pair_codes import pair_codes
 from evenbits.numerics.elements import fits_int8
 from evenbits.numerics.fake import fake_quantize
 from evenbits.numerics.format import Format
@@ -74,7 +75,7 @@ class QuantizedLayer(nn.Module):
             "weight_global_scale": weight.global_scale,
             "weight_kinds": weight.kinds,
             "bias": None if bias is None else bias.detach().clone(),
-            "weight_sum": weight.values().to(torch.int32).sum(1, dtype=torch.int32) if needs_sum else None,
+            "weight_sum": _row_sums(weight) if needs_sum else None,
             "input_scale": None if activation is None else activation.scale,
             "input_zero_point": None if activation is None else activation.zero_point,
             "input_multiplier": input_multiplier,
@@ -149,12 +150,18 @@ class QuantizedLayer(nn.Module):
     @property
     def is_integer(self) -> bool:
         """Whether the product runs in integers: int8 activations and weights whose values are int8, one scale a row."""
-        activation, weight = self.input_format, self.weight_format
+        weight = self.weight_format
+        by_rows = weight.granularity.kind in ("row", "tensor") and weight.rule.symmetric
+        return self.integer_input and by_rows and fits_int8(weight.dtype)
+
+    @property
+    def integer_input(self) -> bool:
+        """Whether activations are signed integers of at most 8 bits with one scale a row or tensor."""
+        activation = self.input_format
         if activation is None or not isinstance(activation.dtype, QDtype) or not activation.dtype.signed:
             return False
-        by_rows = activation.granularity.kind in ("row", "tensor") and weight.granularity.kind in ("row", "tensor")
-        plain = activation.rule.range == "minmax" and activation.rule.zero_exact and weight.rule.symmetric
-        return by_rows and plain and fits_int8(weight.dtype)
+        plain = activation.rule.range == "minmax" and activation.rule.zero_exact
+        return plain and activation.granularity.kind in ("row", "tensor")
 
     @staticmethod
     def checked(x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +211,12 @@ class QuantizedLayer(nn.Module):
         return (
             f"{shape}, weight={self.weight_format}, input={self.input_format or 'float'}, bias={self.bias is not None}"
         )
+
+
+def _row_sums(weight: QTensor) -> torch.Tensor:
+    """Σ of each row's integers (FP4's are halves), int32 [O]."""
+    codes = pair_codes(weight.format, weight.shape[1])
+    return (weight.values() / (1.0 if codes is None else codes.unit)).to(torch.int32).sum(1, dtype=torch.int32)
 
 
 def _plain_int8(fmt: Format) -> bool:

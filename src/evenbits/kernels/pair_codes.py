@@ -1,0 +1,88 @@
+"""Which packed 4-bit weights an integer engine can multiply, and the tables it decodes them by.
+
+A byte holds two weights. A nibble stands for a number of a 16-entry table; beside the identifier 1000b of an
+outlier-victim pair, for one of a second table. Where all of these are integers (times a power of two, `unit`: FP4's are
+multiples of one half) products with int8 activations are exact in int32. Values beyond int8 are split into two halves
+that fit, multiplied one after the other. NormalFloat is not a multiple of anything: its products run in float.
+
+O: out, I: in, B: bytes of a packed row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from evenbits.numerics import elements, ovp
+from evenbits.numerics.codebook import Codebook
+from evenbits.numerics.elements import ElementType, PairType
+from evenbits.numerics.format import Format
+from evenbits.numerics.qdtypes import QDtype
+
+PAIR_KINDS = ("int", "flint", "flint_i8")
+_WHOLE = 128  # columns that any kernel takes at a time
+_UNITS = (1.0, 0.5, 0.25, 0.125)
+
+
+# Read now: while torch traces, no tensor can be read.
+_PAIRS = {kind: [table.tolist() for table in ovp._code_values(ovp.pair_kind(kind))] for kind in PAIR_KINDS}
+
+
+@dataclass(frozen=True)
+class PairCodes:
+    """How a format's bytes are multiplied.
+
+    tables: 48 int8 numbers, in units: values of a nibble, of an outlier nibble, what an outlier has beyond int8.
+    paired: whether the identifier has its meaning. group: columns that share a scale; 0: one scale a row or tensor.
+    """
+
+    tables: tuple[int, ...]
+    paired: bool
+    unit: float
+    group: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether some values are beyond int8."""
+        return any(self.tables[32:])
+
+
+@cache
+def pair_codes(fmt: Format, columns: int) -> PairCodes | None:
+    """The tables of a weight format for rows of `columns`, or None if its products cannot run in integers from packed
+    bytes: values that are no integers, zero points, groups whose columns do not fill whole words of four bytes."""
+    granularity, dtype = fmt.granularity, fmt.dtype
+    group = granularity.size if granularity.kind == "group" else 0
+    if group >= columns:  # one group a row: any width that covers it
+        group = -(-group // _WHOLE) * _WHOLE
+    if granularity.kind == "axis" or group % 8 or not fmt.rule.symmetric:
+        return None
+    normal, outlier = _nibbles(dtype)
+    for unit in _UNITS if normal else ():
+        both = [value / unit for value in (*normal, *outlier)]
+        near = both[:16] + [value / 2 if abs(value) > 127 else value for value in both[16:]]
+        if all(value == int(value) and abs(value) <= 127 for value in near):
+            rest = [value - half for value, half in zip(both, near, strict=True)]
+            tables = tuple(int(value) for value in (*near, *rest[16:]))
+            return PairCodes(tables, isinstance(dtype, PairType), unit, group)
+    return None
+
+
+def _nibbles(dtype: ElementType) -> tuple[list[float], list[float]]:
+    """What the sixteen nibbles stand for by themselves, and beside the identifier; nothing for types of other kinds."""
+    if isinstance(dtype, PairType) and dtype.kind in PAIR_KINDS:
+        return _PAIRS[dtype.kind][0], _PAIRS[dtype.kind][1]
+    if isinstance(dtype, QDtype) and dtype.bits == 4:
+        return [float(code - 16 if code > dtype.qmax else code) for code in range(16)], [0.0] * 16
+    if isinstance(dtype, Codebook) and dtype.bits == 4:
+        return [0.0 if value != value else value for value in dtype.values], [0.0] * 16
+    return [], []
+
+
+def pair_values(packed_OB: torch.Tensor, fmt: Format, columns: int) -> torch.Tensor:
+    """Packed rows → values in units, float32 [O, columns]: the numerics' own decoder, not the tables above."""
+    codes = pair_codes(fmt, columns)
+    assert codes is not None
+    return elements.unpack_values(packed_OB, fmt.dtype, fmt.stored_columns(columns))[:, :columns] / codes.unit
