@@ -30,6 +30,8 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--batch-size": (8, True),
         "--ignore": (None, True),
         "--dtype": ("float32", True),
+        "--probe": (False, False),
+        "--only-faster": (False, False),
         "--overwrite": (False, False),
         "--json": (False, False),
     },

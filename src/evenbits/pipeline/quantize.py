@@ -3,6 +3,7 @@
     unfuse      attention and experts that keep several layers in one parameter, taken apart  (unfuse.py)
     plan        which layers, and why not the others                      (plan.py)
     watch       trace one forward, prove folds, collect channel ranges    (graph/, observers/)
+    probe       on request, which layers are faster quantized (only_faster.py)
     balance     one s per region                                          (balance.py)
     solve       weights to codes, activations to quantizers               (solve.py)
     swap        fold and replace                                          (swap.py)
@@ -34,6 +35,7 @@ from evenbits.pipeline.balanced import Balanced
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.norms import folded_norms
+from evenbits.pipeline.only_faster import probed
 from evenbits.pipeline.plan import LayerPlan, plan_layers
 from evenbits.pipeline.result import LayerRow, Result
 from evenbits.pipeline.solve import Solved, solve
@@ -50,6 +52,8 @@ def quantize(
     method: str | None = None,
     data: Iterable[Any] | None = None,
     progress: bool = False,
+    probe: bool = False,
+    only_faster: bool = False,
     **options: Any,
 ) -> Result:
     """Quantizes `model` in place and returns what was done, layer by layer.
@@ -60,6 +64,9 @@ def quantize(
              by_format (layer by layer, nothing smoothed) if layers have pairs or a choice beside other formats.
     data:    calibration batches: any iterable of tensors, tuples of arguments or mappings of keyword arguments.
              Balance methods and static activations need it; with it, each layer's output error is measured too.
+    probe:   times each layer's shape on this machine before anything is converted, and says in the notes which layers
+             would be slower quantized. only_faster: keeps those in float. What is quantized then depends on the machine
+             and on its load. Both need `data`, whose first batch says how many rows each layer works on.
     options: passed to the methods, such as alpha=0.5.
 
     Raises EvenbitsError, with the model unchanged, if a name is unknown, a parameter or an activation is not finite,
@@ -84,6 +91,7 @@ def quantize(
         norms = prepared.enter_context(folded_norms(model, scheme, batches))
         plans = parts.explained(plan_layers(model, scheme))
         plans, watched = watch(model, plans, batches, scheme, methods)
+        plans, speeds = probed(model, plans, batches, scheme, wanted=probe, keep=only_faster)
         chosen = [plan for plan in plans if not plan.reason]
         if not chosen:
             raise EvenbitsError(_nothing_to_do(plans))
@@ -97,7 +105,7 @@ def quantize(
                 batches.check_quantized()
             plans = parts.settle(model, plans)
             found = _result(model, scheme, methods, plans, balanced, solved, watched, cost)
-            found = replace(found, notes=(*parts.notes(model), *norms, *found.notes))
+            found = replace(found, notes=(*speeds, *parts.notes(model), *norms, *found.notes))
             return replace(found, seconds=time.perf_counter() - start, peak_bytes=peak_bytes())
 
 
