@@ -60,14 +60,17 @@ def test_the_variant_comes_from_the_processor_the_environment_or_a_block(monkeyp
     monkeypatch.delenv(loader.VARIABLE, raising=False)
     assert loader.variant() == next(iter(library.variants))
     assert "portable" in library.variants
+    loader.status.cache_clear()
     monkeypatch.setenv(loader.VARIABLE, "portable")
     assert loader.variant() == "portable"
     with loader.use_variant(next(iter(library.variants))):
         assert loader.variant() == next(iter(library.variants))
     assert loader.variant() == "portable"
+    loader.status.cache_clear()
     monkeypatch.setenv(loader.VARIABLE, "sse9")
     with pytest.raises(EvenbitsError, match=r"unknown CPU kernel variant .* 'sse9'"):
         loader.variant()
+    monkeypatch.delenv(loader.VARIABLE)
     with pytest.raises(EvenbitsError, match="'avx1024'"), loader.use_variant("avx1024"):
         pytest.fail("an unknown variant was entered")
     assert loader._forced == []

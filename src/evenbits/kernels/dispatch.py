@@ -72,6 +72,13 @@ def choice(device: str) -> Choice:
     return Choice(device, "c", f"{chosen.reason}, {_variant()}") if chosen.backend == "c" else chosen
 
 
+def backend(device: str) -> str:
+    """The name alone: what every call asks."""
+    if _forced and (device == "cpu" or _forced[-1] != "c"):
+        return _forced[-1]
+    return _choose(device).backend
+
+
 def _variant() -> str:
     library = loader.status().library
     one = "" if library is None or library.threads else "; one thread: torch's OpenMP pool was not found"
@@ -80,7 +87,7 @@ def _variant() -> str:
 
 def matmul(device: str) -> Matmul:
     """The integer product of `device`."""
-    return BACKENDS[choice(device).backend]
+    return BACKENDS[backend(device)]
 
 
 def report() -> list[Choice]:

@@ -18,10 +18,10 @@ from evenbits.kernels import dispatch, reference
 from evenbits.kernels.activations import apply_activation, check_activation
 from evenbits.kernels.cpu import calls
 from evenbits.kernels.matmul import check_columns, check_shapes, int8_matmul
-from evenbits.kernels.pair_codes import pair_codes, pair_values
+from evenbits.kernels.pair_codes import PairCodes, pair_codes, pair_values
 from evenbits.kernels.quantize import c_rows, parse_format, quantize_rows
 from evenbits.kernels.torch_int8 import exact_product
-from evenbits.numerics import elements, scales
+from evenbits.numerics import scales
 from evenbits.numerics.format import Format
 
 
@@ -74,7 +74,7 @@ def linear_pair(
             "linear_pair takes 4-bit weights of integer values, one scale a row or in groups of 8·n columns "
             f"(groups: symmetric activations); given {weight_format} weights and {format} activations."
         )
-    _check_packed(x, weight, stored, table.wide and not table.group)
+    _check_packed(x, weight, stored, table)
     rows = c_rows(x, fmt, multiplier, scale, zero_point)
     if rows is not None and _plain(bias):
         kind = calls.NIBBLES if not table.paired else calls.WIDE_PAIRS if table.wide else calls.PAIRS
@@ -103,7 +103,7 @@ def linear_pair(
 
 def _product(device: str, wide: bool) -> dispatch.Matmul:
     """The product of codes with decoded values, which are float32 and may be beyond int8."""
-    if dispatch.choice(device).backend == "reference":
+    if dispatch.backend(device) == "reference":
         return reference.exact_product
     return exact_product if wide else lambda codes, values: int8_matmul(codes, values.to(torch.int8))
 
@@ -114,15 +114,14 @@ def _check(fmt: Format, weight_sum: torch.Tensor | None, activation: str) -> Non
         raise EvenbitsError("affine activations need the row sums of the weight codes (weight_sum).")
 
 
-def _check_packed(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, wide: bool) -> None:
+def _check_packed(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, table: PairCodes) -> None:
     columns = x.shape[-1]
-    width = elements.row_bytes(fmt.dtype, fmt.stored_columns(columns))
-    if weight_OB.dtype != torch.uint8 or weight_OB.ndim != 2 or weight_OB.shape[1] != width:
+    if weight_OB.dtype != torch.uint8 or weight_OB.ndim != 2 or weight_OB.shape[1] != table.row_bytes:
         raise EvenbitsError(
-            f"{columns} columns of {fmt} take uint8 rows of {width} bytes; given {weight_OB.dtype} "
+            f"{columns} columns of {fmt} take uint8 rows of {table.row_bytes} bytes; given {weight_OB.dtype} "
             f"{list(weight_OB.shape)}."
         )
-    check_columns(2 * columns if wide else columns)
+    check_columns(2 * columns if table.wide and not table.group else columns)
 
 
 def _minus_zero(

@@ -35,18 +35,16 @@ class PairCodes:
     """How a format's bytes are multiplied.
 
     tables: 48 int8 numbers, in units: values of a nibble, of an outlier nibble, what an outlier has beyond int8.
-    paired: whether the identifier has its meaning. group: columns that share a scale; 0: one scale a row or tensor.
+    paired: whether the identifier has its meaning. wide: whether some values are beyond int8. group: columns that share
+    a scale; 0: one scale a row or tensor. row_bytes: of a packed row.
     """
 
     tables: tuple[int, ...]
     paired: bool
+    wide: bool
     unit: float
     group: int
-
-    @property
-    def wide(self) -> bool:
-        """Whether some values are beyond int8."""
-        return any(self.tables[32:])
+    row_bytes: int
 
 
 @cache
@@ -66,7 +64,8 @@ def pair_codes(fmt: Format, columns: int) -> PairCodes | None:
         if all(value == int(value) and abs(value) <= 127 for value in near):
             rest = [value - half for value, half in zip(both, near, strict=True)]
             tables = tuple(int(value) for value in (*near, *rest[16:]))
-            return PairCodes(tables, isinstance(dtype, PairType), unit, group)
+            width = elements.row_bytes(dtype, fmt.stored_columns(columns))
+            return PairCodes(tables, isinstance(dtype, PairType), any(rest), unit, group, width)
     return None
 
 

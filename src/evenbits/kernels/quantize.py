@@ -5,7 +5,7 @@ M: rows (tokens), K: columns (input channels).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -15,7 +15,7 @@ from evenbits.numerics.affine import qparams, to_codes
 from evenbits.numerics.format import Format
 from evenbits.numerics.qdtypes import QDtype
 
-parse_format = lru_cache(maxsize=None)(Format.parse)
+parse_format = cache(Format.parse)
 
 
 def quantize_rows(
@@ -53,29 +53,33 @@ def c_rows(
 ) -> calls.Rows | None:
     """The C kernels' account of this quantization, or None where torch has to do it: another backend, formats whose
     zero point is not a code, unsigned codes, a scale for every row given, a float64 multiplier."""
-    dtype, rule = fmt.dtype, fmt.rule
-    if dispatch.choice(x.device.type).backend != "c" or not (isinstance(dtype, QDtype) and dtype.signed):
+    limits = _limits(fmt)
+    if limits is None or dispatch.backend(x.device.type) != "c":
         return None
     odd_scale = (scale is not None and scale.numel() != 1) or (zero_point is not None and zero_point.numel() != 1)
-    if not rule.zero_exact or odd_scale or not x.is_floating_point() or x.shape[-1] == 0:
+    if odd_scale or not x.is_floating_point() or x.shape[-1] == 0:
         return None
-    if multiplier is not None and multiplier.dtype == torch.float64:
-        return None
+    if multiplier is not None:
+        if multiplier.dtype == torch.float64:
+            return None
+        multiplier = multiplier.float().contiguous()
     whole = scale is None and fmt.granularity.kind == "tensor"
     if whole and x.numel():
         lo, hi = _row_range(_balanced(x, multiplier))
         scale, zero_point = _dynamic(lo, hi, fmt)
-    low, high = fmt.code_range
-    return calls.Rows(
-        low,
-        high,
-        (dtype.qmax - dtype.qmin) / 2 if rule.full_range else float(dtype.qmax),
-        not rule.symmetric,
-        None if multiplier is None else multiplier.float().contiguous(),
-        None if scale is None else scale.float(),
-        None if zero_point is None else zero_point.to(torch.int32),
-        finite=whole,
-    )
+    scale = None if scale is None else scale.float()
+    zero_point = None if zero_point is None else zero_point.to(torch.int32)
+    return calls.Rows(*limits, multiplier, scale, zero_point, finite=whole)
+
+
+@cache
+def _limits(fmt: Format) -> tuple[int, int, float, bool] | None:
+    """Smallest and largest code, levels, whether affine; None if the C kernels do not have the format."""
+    dtype, rule = fmt.dtype, fmt.rule
+    if not isinstance(dtype, QDtype) or not dtype.signed or not rule.zero_exact:
+        return None
+    levels = (dtype.qmax - dtype.qmin) / 2 if rule.full_range else float(dtype.qmax)
+    return *fmt.code_range, levels, not rule.symmetric
 
 
 def _balanced(x: torch.Tensor, multiplier: torch.Tensor | None) -> torch.Tensor:

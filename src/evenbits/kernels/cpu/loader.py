@@ -47,11 +47,12 @@ class LinearArgs(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded library: its variants that this processor supports (name → index, best first), and whether it finds a
-    thread pool."""
+    """A loaded library: its variants that this processor supports (name → index, best first), the one that runs unless
+    another is forced, and whether it finds a thread pool."""
 
     handle: ctypes.CDLL
     variants: dict[str, int]
+    preferred: str
     threads: bool
 
 
@@ -73,7 +74,8 @@ def path() -> Path:
 
 @cache
 def status() -> Status:
-    """Loads the library once. Raises EvenbitsError if it was built from other sources than those beside it."""
+    """Loads the library once. Raises EvenbitsError if it was built from other sources than those beside it, or if the
+    environment names a variant that this processor does not run."""
     file = path()
     if not file.exists():
         return Status(None, f"the CPU library was not built ({_REBUILD})")
@@ -90,28 +92,33 @@ def status() -> Status:
         function.argtypes = [ctypes.c_int64, ctypes.POINTER(LinearArgs)]
     names = {handle.evenbits_variant_name(i).decode(): i for i in range(handle.evenbits_variants())}
     variants = {name: i for name, i in names.items() if handle.evenbits_variant_supported(i)}
-    return Status(Library(handle, variants, bool(handle.evenbits_has_threads())), "loaded")
+    preferred = os.environ.get(VARIABLE) or next(iter(variants))
+    _known(preferred, variants)
+    return Status(Library(handle, variants, preferred, bool(handle.evenbits_has_threads())), "loaded")
 
 
 def variant() -> str:
-    """The variant that runs: the forced one, else the best that this processor supports. Raises EvenbitsError for one
-    that is unknown here. The library must be there."""
+    """The variant that runs: the forced one, else that of the environment, else the best. The library must be there."""
     library = status().library
     assert library is not None
-    chosen = _forced[-1] if _forced else os.environ.get(VARIABLE)
-    if not chosen:
-        return next(iter(library.variants))
-    if chosen not in library.variants:
-        raise unknown_name("CPU kernel variant (of those this processor runs)", chosen, library.variants)
-    return chosen
+    return _forced[-1] if _forced else library.preferred
+
+
+def _known(name: str, variants: dict[str, int]) -> None:
+    if name not in variants:
+        raise unknown_name("CPU kernel variant (of those this processor runs)", name, variants)
 
 
 @contextmanager
 def use_variant(name: str) -> Iterator[None]:
-    """Forces a variant inside a `with` block. Raises EvenbitsError if this processor does not run it."""
+    """Forces a variant inside a `with` block. Raises EvenbitsError if this processor does not run it, or without the
+    library."""
+    library = status().library
+    if library is None:
+        raise EvenbitsError(f"there are no CPU kernel variants: {status().reason}.")
+    _known(name, library.variants)
     _forced.append(name)
     try:
-        variant()
         yield
     finally:
         _forced.pop()

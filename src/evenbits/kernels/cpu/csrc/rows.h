@@ -154,7 +154,7 @@ EB_INLINE void rows_dots(const int kind, const int count, const int rows, const 
         int64_t end = EB_MIN(b + unit, w->blocks);
         for (; b < EB_MIN(end, whole); b++, x += columns)
             EB_UNROLL for (int r = 0; r < count; r++, from[r - 1] += BLOCK) {
-                __builtin_prefetch(from[r] + ahead);
+                __builtin_prefetch(from[r] + ahead, 0, 2);
                 rows_block(kind, count, rows, &d, from[r], x, stride, acc + r);
             }
         for (; b < end; b++, x += columns)
