@@ -55,14 +55,14 @@ def test_losers_stay_float_with_the_reason(slow_down: list[Shape]) -> None:
     row = next(row for row in result.layers if row.name == "down")
     assert row.status == "float" and "slower quantized on this machine: 0.50x of float" in row.reason
     assert isinstance(model.down, nn.Linear) and isinstance(model.up, QuantizedLayer)
-    assert any(note.startswith("warning:") and "down (0.50x)" in note and "stay float" in note for note in result.notes)
+    assert any(note.startswith("warning:") and "0.50x: down" in note and "stay float" in note for note in result.notes)
 
 
 def test_without_the_flag_losers_are_named_and_quantized(slow_down: list[Shape]) -> None:
     model = Net()
     result = evenbits.quantize(model, method="rtn", data=DATA, probe=True)
     assert isinstance(model.down, QuantizedLayer)
-    assert any("down (0.50x)" in note and "only_faster" in note for note in result.notes)
+    assert any("0.50x: down" in note and "only_faster" in note for note in result.notes)
     assert any("back" in note and "not measured" in note for note in result.notes)
 
 

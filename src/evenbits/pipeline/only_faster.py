@@ -69,9 +69,16 @@ class Forecast:
         )
         if not self.losers:
             return (head, *missing)
-        listed = ", ".join(f"{name} ({self.speeds[name].ratio:.2f}x)" for name in self.losers)
-        end = "they stay float (only_faster)." if kept else "to keep them in float: only_faster."
-        return (head, f"warning: slower quantized than float on this machine: {listed}; {end}", *missing)
+        by_ratio: dict[str, list[str]] = {}  # layers of one shape were measured once
+        for name in self.losers:
+            by_ratio.setdefault(f"{self.speeds[name].ratio:.2f}x", []).append(name)
+        listed = "; ".join(f"{ratio}: {', '.join(names)}" for ratio, names in sorted(by_ratio.items()))
+        end = "They stay float (only_faster)." if kept else "To keep them in float: only_faster."
+        return (
+            head,
+            f"warning: slower quantized than float on this machine, as a share of float's speed: {listed}. {end}",
+            *missing,
+        )
 
 
 def told(speed: Speed) -> str:
