@@ -40,11 +40,13 @@ kernels: $(VENV)/ready
 	$(BIN)/python $(BUILD)
 	touch $(VENV)/kernels
 
-# The kernels' tests with address and undefined-behaviour checks (GCC; torch itself is not instrumented).
+# The kernels' tests with address and undefined-behaviour checks (GCC; torch itself is not instrumented). libstdc++ is
+# loaded with the checker, which otherwise does not find what C++ exceptions are thrown with.
 sanitize: $(VENV)/ready
 	mkdir -p build/sanitized
 	$(BIN)/python $(BUILD) --sanitize build/sanitized
-	EVENBITS_CPU_LIBRARY=build/sanitized/libevenbits_cpu.so LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) \
+	EVENBITS_CPU_LIBRARY=build/sanitized/libevenbits_cpu.so \
+		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(PYTEST) -p no:cacheprovider tests/kernels/test_cpu_kernels.py
 
 clean:

@@ -26,7 +26,7 @@ EB_INLINE vec v_table(const void *p) { return _mm256_broadcastsi128_si256(_mm_lo
 #define V_DOT_MEMORY(acc, w, x)                                                                                       \
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "m"(*(const __m256i *)(x)))
 #else
-#define TILE 3
+#define TILE 2
 #define OFFSET 0
 EB_INLINE vec v_wide_dot(vec acc, vec w, const void *x) {
     vec w0 = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(w)), w1 = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(w, 1));
@@ -104,6 +104,8 @@ EB_INLINE void transpose(const uint8_t *const *rows, vec *out) {
 
 #include "packing.h"
 
+#define MOST_STEPS 256 /* of micro_rows */
+
 EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
                           int32_t *totals) {
 #ifdef USE_VNNI
@@ -124,17 +126,22 @@ EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const
         EB_UNROLL for (int v = 0; v < VECTORS; v++) v_store(totals + r * 16 + 8 * v, acc[r][v]);
 #else
     vec acc[TILE][2 * VECTORS]; /* four outputs each, two int32 sums per output */
+    int16_t wide[TILE][4 * MOST_STEPS] __attribute__((aligned(32)));
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < 4 * steps; i++) wide[r][i] = x[r * stride + i];
     EB_UNROLL for (int r = 0; r < rows; r++)
         EB_UNROLL for (int v = 0; v < 2 * VECTORS; v++) acc[r][v] = v_zero();
-    for (int s = 0; s < steps; s++, x += 4, panel += VECTORS * 32) {
+    for (int s = 0; s < steps; s++, panel += VECTORS * 32) {
+        vec broadcast[TILE];
+        EB_UNROLL for (int r = 0; r < rows; r++) {
+            int64_t four;
+            memcpy(&four, wide[r] + 4 * s, 8);
+            broadcast[r] = _mm256_set1_epi64x(four);
+        }
         EB_UNROLL for (int v = 0; v < 2 * VECTORS; v++) {
             vec w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(panel + 16 * v)));
-            EB_UNROLL for (int r = 0; r < rows; r++) {
-                int32_t four;
-                memcpy(&four, x + r * stride, 4);
-                vec broadcast = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four)));
-                acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(w, broadcast));
-            }
+            EB_UNROLL for (int r = 0; r < rows; r++)
+                acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(w, broadcast[r]));
         }
     }
     EB_UNROLL for (int r = 0; r < rows; r++)
@@ -149,12 +156,15 @@ EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const
 #define MICRO(rows) micro_rows(rows, x, stride, panel, steps, totals)
 
 /* totals[r][n] += Σ over steps of the four products of x row r with output n. */
-static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps, int32_t *totals) {
-    switch (rows) {
-    case 1: MICRO(1); break;
-    case 2: MICRO(2); break;
-    case 3: MICRO(3); break;
-    default: MICRO(TILE);
+static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int most, int32_t *totals) {
+    for (int steps; most > 0; most -= steps, x += 4 * steps, panel += steps * VECTORS * 32) {
+        steps = EB_MIN(most, MOST_STEPS);
+        switch (rows) {
+        case 1: MICRO(1); break;
+        case 2: MICRO(2); break;
+        case 3: MICRO(EB_MIN(3, TILE)); break;
+        default: MICRO(TILE);
+        }
     }
 }
 
