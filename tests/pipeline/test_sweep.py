@@ -16,10 +16,10 @@ from torch import nn
 import evenbits
 from evenbits.errors import EvenbitsError
 from evenbits.evaluation.paired import paired
-from evenbits.pipeline import bench as bench_module
+from evenbits.pipeline import sweep_bench as bench_module
 from evenbits.pipeline import workers
-from evenbits.pipeline.bench import values_hash, weights_hash
 from evenbits.pipeline.points import make_points, parse_alphas
+from evenbits.pipeline.sweep_bench import values_hash, weights_hash
 from evenbits.pipeline.sweep_result import Sweep, compare
 from evenbits.pipeline.sweep_state import State
 

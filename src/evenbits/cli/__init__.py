@@ -11,10 +11,12 @@ import typer
 
 from evenbits import __version__
 from evenbits.cli.advise import advise
+from evenbits.cli.bench import bench
 from evenbits.cli.demo import demo
 from evenbits.cli.diagnose import diagnose
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
+from evenbits.cli.monitor import monitor
 from evenbits.cli.output import Interrupted
 from evenbits.cli.quantize import quantize
 from evenbits.cli.sweep import sweep
@@ -33,7 +35,9 @@ app = typer.Typer(
 app.command()(quantize)
 app.command()(advise)
 app.command()(evaluate)
+app.command()(bench)
 app.command()(inspect)
+app.command()(monitor)
 app.command()(table)
 app.command()(sweep)
 app.command()(diagnose)

@@ -41,6 +41,12 @@ Ignore = Annotated[
     list[str] | None, typer.Option(help="A layer to keep in float: name, last part or glob. Repeatable.")
 ]
 Dtype = Annotated[str, typer.Option(help="Type of what stays float: float32, float16, bfloat16.")]
+Probe = Annotated[
+    bool, typer.Option("--probe", help="Time each layer's shape here first; name layers slower quantized.")
+]
+OnlyFaster = Annotated[
+    bool, typer.Option("--only-faster", help="Keep layers in float that are slower quantized on this machine.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -32,6 +32,8 @@ def quantize(
     batch_size: options.BatchSize = 8,
     ignore: options.Ignore = None,
     dtype: options.Dtype = "float32",
+    probe: options.Probe = False,
+    only_faster: options.OnlyFaster = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an evenbits folder at OUT.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -54,6 +56,8 @@ def quantize(
             ignore=tuple(ignore or ()),
             dtype=dtype,
             overwrite=overwrite,
+            probe=probe,
+            only_faster=only_faster,
             say=note,
         )
     if as_json:
@@ -85,6 +89,9 @@ def _show(run: Run) -> None:
             + ", ".join(f"{row.name} ({row.output_sqnr_db:.1f} dB)" for row in worst)
             + ". To keep one in float: --ignore NAME."
         )
+    told = [note for note in result.notes if "probe:" in note or note.startswith("warning:")]
+    if told:
+        show(*told, "")
     ratio = result.weight_bytes / result.float_weight_bytes
     show(
         f"Quantized weights: {size(result.float_weight_bytes)} in float32 → {size(result.weight_bytes)} in memory "

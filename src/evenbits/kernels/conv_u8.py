@@ -36,7 +36,7 @@ _library.define(
     "float addend_scale, int addend_zero) -> Tensor"
 )
 
-_packed: dict[tuple[object, ...], tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+_packed: dict[tuple[object, ...], tuple[weakref.ref[torch.Tensor], int, tuple[torch.Tensor, torch.Tensor]]] = {}
 _warned: list[bool] = []
 
 
@@ -127,8 +127,7 @@ def _onednn(
     addend_zero: int,
 ) -> torch.Tensor:
     ops = torch.ops.onednn
-    packed = _pack(weight, weight_scale, x_scale, x_zero, where)
-    zeros = torch.zeros(len(weight), dtype=torch.int32)
+    packed, zeros = _pack(weight, weight_scale, x_scale, x_zero, where)
     name, limits = ("hardtanh", [0.0, 6.0]) if activation == "relu6" else (activation, [])
     dtype, scale = (torch.float32, 1.0) if out_scale == 0 else (torch.uint8, out_scale)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -153,18 +152,19 @@ def _pack(
     x_scale: float,
     x_zero: int,
     where: tuple[list[int], list[int], list[int], int],
-) -> torch.Tensor:
-    """The weight as oneDNN wants it, made once for each weight."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight as oneDNN wants it, and its zero points, made once for each weight."""
     base = weight if weight._base is None else weight._base
     if base.is_inference():  # made under inference mode: nothing tells whether it was written to since
         return _prepack(weight, weight_scale, x_scale, x_zero, where)
-    key = (id(base), weight.data_ptr(), tuple(weight.shape), str(where))
+    stride, padding, dilation, groups = where
+    key = (id(base), weight.data_ptr(), weight.shape, *stride, *padding, *dilation, groups)
     known = _packed.get(key)
     if known is not None and known[0]() is base and known[1] == base._version:
         return known[2]
-    packed = _prepack(weight, weight_scale, x_scale, x_zero, where)
-    _packed[key] = (weakref.ref(base, lambda _: _packed.pop(key, None)), base._version, packed)
-    return packed
+    made = _prepack(weight, weight_scale, x_scale, x_zero, where)
+    _packed[key] = (weakref.ref(base, lambda _: _packed.pop(key, None)), base._version, made)
+    return made
 
 
 def _prepack(
@@ -173,9 +173,9 @@ def _prepack(
     x_scale: float,
     x_zero: int,
     where: tuple[list[int], list[int], list[int], int],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, x_scale, x_zero, *where, None)
-    return packed
+    return packed, torch.zeros(len(weight), dtype=torch.int32)
 
 
 def to_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
@@ -190,7 +190,15 @@ def from_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
 
 
 def max_pool_u8(x: torch.Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> torch.Tensor:
-    """Max pooling of codes [N, C, H, W], which keeps their order. torch's own does not take uint8."""
+    """Max pooling of codes [N, C, H, W], which keeps their order. Padding is the least code: it never wins alone.
+
+    torch's max_pool2d does not take uint8, its quantized one does (3.6 times faster than nine shifted maxima), on CPUs.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        pooled: torch.Tensor = torch.ops.quantized.max_pool2d(
+            x, list(kernel), list(stride), list(padding), [1, 1], False
+        )
+        return pooled
     (kh, kw), (sh, sw), (ph, pw) = kernel, stride, padding
     x = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x
     rows, columns = (x.shape[2] - kh) // sh + 1, (x.shape[3] - kw) // sw + 1
@@ -216,6 +224,12 @@ def _fake(x: torch.Tensor, x_scale: float, x_zero: int, weight: torch.Tensor, *r
     dtype = torch.float32 if rest[7] == 0 else torch.uint8  # out_scale
     made = x.new_empty((x.shape[0], weight.shape[0], *positions), dtype=dtype)
     return made.to(memory_format=torch.channels_last)
+
+
+def _direct(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    plain = type(x) is torch.Tensor and torch._C._len_torch_dispatch_stack() == 0
+    y: torch.Tensor = _conv2d_u8(x, *rest) if plain else torch.ops.evenbits.conv2d_u8(x, *rest)
+    return y
 
 
 _library.impl("conv2d_u8", _conv2d_u8, "CompositeExplicitAutograd")
@@ -246,7 +260,9 @@ def conv2d_u8(
     """
     scale, zero = (0.0, 0) if out is None else out
     other, other_scale, other_zero = (None, 1.0, 0) if addend is None else addend
-    y: torch.Tensor = torch.ops.evenbits.conv2d_u8(
+    # The dispatcher is for tracing; a call through it costs as much as a small convolution's arithmetic.
+    run = torch.ops.evenbits.conv2d_u8 if torch.compiler.is_compiling() else _direct
+    y: torch.Tensor = run(
         x, x_scale, x_zero, weight, weight_scale, bias, list(stride), list(padding), list(dilation), groups, activation,
         scale, zero, other, other_scale, other_zero,
     )  # fmt: skip

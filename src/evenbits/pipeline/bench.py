@@ -1,240 +1,230 @@
-"""The bench of a sweep: a fresh float model for every point, one set of calibration batches, one set of samples.
+"""`bench`: a model against the float model it came from and against what else is installed. Same process, in turns.
 
-Each process opens its own. What it opened has an identity of hashes; two benches of one sweep must have the same, and
-so must the bench of a sweep that is continued.
+Latency is measured with all variants side by side in one process (evaluation/latency.py); peak memory with each in a
+process of its own (peak.py). A checkpoint without its float model is timed against its own decoded weights: the same
+shapes, so the same time.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import os
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from evenbits._version import __version__
-from evenbits.checkpoints.files import sha256
-from evenbits.checkpoints.sources import Source, is_python, load_object, open_model
-from evenbits.data.arrays import ARRAY_SUFFIXES, read_arrays
-from evenbits.data.text import read_text
+from evenbits.checkpoints.sources import Source, is_python, open_model
 from evenbits.errors import EvenbitsError
-from evenbits.evaluation.result import finite
-from evenbits.evaluation.tasks import evaluate, task_function
-from evenbits.nn.base import QuantizedLayer
-from evenbits.pipeline.calibration import calibration
-from evenbits.pipeline.points import Point
-from evenbits.pipeline.quantize import quantize
-from evenbits.pipeline.result import Result
-from evenbits.schemes.scheme import Scheme
+from evenbits.evaluation.latency import Call, Latency, forward, is_causal, latencies, machine, one_token, threads_of
+from evenbits.evaluation.memory import model_bytes
+from evenbits.nn.conv import QConv2d
+from evenbits.pipeline.bench_inputs import Inputs, items
+from evenbits.pipeline.fuse import fuse
+from evenbits.pipeline.peak import Job, Peak, measured_apart
+from evenbits.pipeline.variants import Variant, decoded, float_variants, on_device, peers, served, to_type
+
+OURS, FUSED, FLOAT = "evenbits", "evenbits byte chains", "float32"
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """Everything but the points: what to open, how to quantize, how to score. Plain data where the model is named by a
-    string, so that it can be sent to another process."""
+class SpeedRow:
+    """One variant in one task. speedup: over float32 in the same run; throughput: `unit` per second; both by
+    medians of CPU time or the least wall time (Latency.typical)."""
 
-    model: Any
     task: str
-    data: Any
-    scheme: Scheme
-    method: str
-    options: Mapping[str, Any]
-    calibration: Any = None
-    samples: int = 128
-    length: int = 128
-    batch_size: int = 8
-    dtype: str = "float32"
-    tokenizer: Any = None
-    separator: str | None = None
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    batch: int
+    threads: int
+    variant: str
+    latency: Latency
+    speedup: float | None
+    throughput: float
+    unit: str
 
 
+@dataclass(frozen=True)
+class MemoryRow:
+    """One variant. weight_bytes: parameters and buffers; peak: None where it was not measured."""
+
+    variant: str
+    weight_bytes: int | None
+    peak: Peak | None
+
+
+@dataclass(frozen=True)
 class Bench:
-    """An opened experiment. Raises EvenbitsError for what cannot be opened; `identity`: name → hash or words."""
+    """All that was measured, on what machine, and what was not, with the reason."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        task_function(experiment.task)  # an unknown task is refused before a model is loaded
-        self._experiment = experiment
-        source = self._fresh()
-        quantized = source.quantized or any(isinstance(module, QuantizedLayer) for module in source.model.modules())
-        if quantized:
-            raise EvenbitsError("the model is quantized already; sweep the float model it came from.")
-        self._weights = weights_hash(source.model)
-        self.data = _evaluation_data(experiment)
-        self._batches, self.calibrated_on = _calibration(experiment, source)
-        self.identity = self._identity(source)
+    model: str
+    against: str
+    machine: dict[str, Any]
+    speed: tuple[SpeedRow, ...]
+    memory: tuple[MemoryRow, ...]
+    layers: dict[str, str]
+    notes: tuple[str, ...]
 
-    def run(self, point: Point) -> dict[str, Any]:
-        """Makes and scores one point. Returns plain data: the evaluation with its items, and what quantizing said."""
-        experiment, start = self._experiment, time.perf_counter()
-        source = self._fresh()
-        if weights_hash(source.model) != self._weights:
-            raise EvenbitsError(
-                "the model source gave other weights than the first time; it must give the same each time (fix the "
-                "seed in the factory)."
-            )
-        result = None
-        if point.method is not None:
-            result = quantize(
-                source.model,
-                scheme=experiment.scheme,
-                method=point.method,
-                data=self._batches,
-                **point.options,
-            )
-        middle = time.perf_counter()
-        scored = evaluate(
-            source.model,
-            task=experiment.task,
-            data=self.data,
-            tokenizer=source.tokenizer,
-            **{"progress": False, **experiment.evaluation},
-        )
-        seconds = {"quantize": middle - start, "evaluate": time.perf_counter() - middle}
-        made = {"name": point.name, "alpha": point.alpha, "method": point.method, "seconds": seconds}
-        return {**made, "evaluation": {**scored.to_json(), "items": finite(scored.items)}, **_told(result)}
-
-    def _fresh(self) -> Source:
-        experiment = self._experiment
-        if isinstance(experiment.model, (str, os.PathLike)):
-            source = open_model(str(experiment.model), dtype=experiment.dtype)
-            return replace(source, tokenizer=experiment.tokenizer or source.tokenizer)
-        model = experiment.model
-        model = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-        if not isinstance(model, nn.Module):
-            raise EvenbitsError(f"the factory gave a {type(model).__name__}; it must give a torch.nn.Module.")
-        return Source(model.eval(), experiment.tokenizer, False)
-
-    def _identity(self, source: Source) -> dict[str, str]:
-        experiment = self._experiment
-        scored = {"task": experiment.task, "options": dict(experiment.evaluation), "separator": experiment.separator}
-        return {
-            "model": _model_name(experiment.model, source.model),
-            "weights": self._weights,
-            "tokenizer": _tokenizer_hash(source.tokenizer),
-            "scheme": json.dumps(experiment.scheme.to_json(), sort_keys=True),
-            "method": json.dumps([experiment.method, dict(experiment.options)], sort_keys=True, default=str),
-            "calibration data": values_hash(self._batches),
-            "evaluation data": sha256(Path(self.data)) if isinstance(self.data, str) else values_hash(self.data),
-            "evaluation": json.dumps(scored, sort_keys=True, default=str),
-            "evenbits version": __version__,
-            "torch version": str(torch.__version__),
-        }
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
 
 
-def _told(result: Result | None) -> dict[str, Any]:
-    """What of a quantization a sweep keeps."""
-    if result is None:
-        return {"regions": {}, "region_alphas": {}, "mean_output_sqnr_db": None, "weight_bytes": None, "notes": []}
-    statuses = [region.status for region in result.regions]
-    found = [row.output_sqnr_db for row in result.quantized if row.output_sqnr_db is not None]
-    ratios = [value for value in found if abs(value) != float("inf")]
-    return {
-        "regions": {status: statuses.count(status) for status in sorted(set(statuses))},
-        "region_alphas": {region.name: region.alpha for region in result.regions},
-        "mean_output_sqnr_db": sum(ratios) / len(ratios) if ratios else None,
-        "weight_bytes": result.weight_bytes,
-        "notes": list(result.notes),
-    }
+@dataclass(frozen=True)
+class Wish:
+    """What to measure. seconds: for each table of variants, about; device: "cpu" or "cuda"."""
+
+    inputs: Inputs
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = (1,)
+    seconds: float = 10.0
+    device: str = "cpu"
+    fuse: bool = True
+    peers: bool = True
+    memory: bool = True
 
 
-def _calibration(experiment: Experiment, source: Source) -> tuple[list[Any], str]:
-    """The batches, all of them in memory: every point sees the same."""
-    given = experiment.calibration
-    if given is not None and not isinstance(given, (str, os.PathLike)):
-        batches = list(_walkable(given, "calibration"))
-        return batches, f"{len(batches)} batches"
-    opened = calibration(
-        None if given is None else str(given),
-        source.model,
-        source.tokenizer,
-        samples=experiment.samples,
-        length=experiment.length,
-        batch_size=experiment.batch_size,
+def bench(
+    model: str,
+    wish: Wish,
+    *,
+    against: str | None = None,
+    factory: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Bench:
+    """Measures what `model` names (one of our checkpoints, or a float model). against: its float model.
+
+    Raises EvenbitsError for what cannot be opened, inputs that do not fit, and a device that is not there.
+    """
+    if wish.device not in ("cpu", "cuda") or (wish.device == "cuda" and not torch.cuda.is_available()):
+        raise EvenbitsError(f"the device is cpu, or cuda where torch finds one; given {wish.device!r}.")
+    source = open_model(model, factory=factory)
+    source.model.to(wish.device)
+    base, name = _base(source, model, against)
+    base.to(wish.device)
+    notes: list[str] = []
+    variants = [*_ours(source, wish, notes), *float_variants(base)]
+    speed: list[SpeedRow] = []
+    for threads in wish.threads:
+        for size in wish.batches:
+            say(f"Timing batch {size} with {threads} thread{'s' * (threads > 1)} …")
+            speed += _timed(source, variants, base, wish, size, threads, notes)
+    rows = _memory(model, factory, against, wish, variants, source.quantized, notes, say)
+    return Bench(model, name, machine(), tuple(speed), tuple(rows), served(source.model), tuple(dict.fromkeys(notes)))
+
+
+def _base(source: Source, model: str, against: str | None) -> tuple[nn.Module, str]:
+    if not source.quantized:
+        if against is not None:
+            raise EvenbitsError(f"{model} is a float model; --against is for a quantized checkpoint.")
+        return source.model, model
+    if against is None:
+        return decoded(source.model), "its own weights, decoded (the float model: --against)"
+    other = open_model(against)
+    if other.quantized:
+        raise EvenbitsError(f"{against} is quantized; --against takes the float model.")
+    return other.model, against
+
+
+def _ours(source: Source, wish: Wish, notes: list[str]) -> list[Variant]:
+    """The quantized model, and its byte chains where convolutions are static. A float model has no variant of ours."""
+    if not source.quantized:
+        return []
+    found = [Variant(OURS, source.model, model_bytes(source.model))]
+    static = [m for m in source.model.modules() if isinstance(m, QConv2d) and m.input_scale is not None]
+    if not static:
+        return found
+    if not wish.fuse:
+        notes.append("byte chains: not measured (--no-fuse).")
+        return found
+    batch = on_device(wish.inputs.batch(source, wish.batches[0]), wish.device)
+    try:
+        fused = fuse(source.model, [batch])
+    except EvenbitsError as error:
+        notes.append(f"byte chains: not measured ({error}).")
+        return found
+    inside = sum(row.status == "u8" for row in fused.rows)
+    notes.append(
+        f"byte chains: {inside} of {len(fused.rows)} convolutions hand on bytes, by {fused.backend}; they agree with "
+        f"the quantized model to {fused.sqnr_db:.1f} dB."
     )
-    return list(opened.batches), opened.description
+    return [*found, Variant(FUSED, fused.model, model_bytes(fused.model))]
 
 
-def _evaluation_data(experiment: Experiment) -> Any:
-    """The samples to score, read once: a path stays a path only where the task reads text or tables from it."""
-    given = experiment.data
-    if isinstance(given, (str, os.PathLike)):
-        given = str(given)
-        if is_python(given):
-            made = load_object(given)
-            return list(_walkable(made() if callable(made) else made, "data"))
-        if Path(given).suffix in ARRAY_SUFFIXES:
-            return read_arrays(given)
-        if not Path(given).is_file():
-            raise EvenbitsError(f"the evaluation data {given} is not a file.")
-        return given if experiment.separator is None else read_text(given, separator=experiment.separator)
-    return list(given) if isinstance(given, Iterable) and not isinstance(given, torch.Tensor) else given
+def _timed(
+    source: Source, variants: list[Variant], base: nn.Module, wish: Wish, size: int, threads: int, notes: list[str]
+) -> list[SpeedRow]:
+    batch = on_device(wish.inputs.batch(source, size), wish.device)
+    others: list[Variant] = []
+    if wish.peers and wish.device == "cpu":
+        with threads_of(threads):
+            others, missing = peers(base, batch)
+        notes += missing
+    count, unit = items(batch)
+    causal = is_causal(source.model) and isinstance(batch, Mapping) and "input_ids" in batch
+    runs = {v.name: forward(v.run, to_type(batch, v.dtype)) for v in [*variants, *others]}
+    rows = _table("prefill" if causal else "forward", runs, size, threads, wish, count, unit)
+    if not causal:
+        return rows
+    tokens: dict[str, Call] = {}
+    for variant in [*variants, *(other for other in others if other.any_shape)]:
+        try:
+            tokens[variant.name] = one_token(variant.run, batch["input_ids"])
+        except EvenbitsError as error:
+            notes.append(f"one token, {variant.name}: not measured ({error})")
+    if tokens:
+        rows += _table("one token", tokens, size, threads, wish, size, "tokens")
+    return rows
 
 
-def _walkable(made: Any, what: str) -> Iterable[Any]:
-    if isinstance(made, (str, bytes, Mapping, torch.Tensor)) or not isinstance(made, Iterable):
-        raise EvenbitsError(f"{what} must be an iterable of batches; given a {type(made).__name__}.")
-    return made
+def _table(
+    task: str, calls: Mapping[str, Call], size: int, threads: int, wish: Wish, count: int, unit: str
+) -> list[SpeedRow]:
+    found = latencies(calls, threads=threads, seconds=wish.seconds, device=wish.device)
+    base = found.get(FLOAT)
+    return [
+        SpeedRow(
+            task,
+            size,
+            threads,
+            name,
+            latency,
+            None if base is None else base.typical / latency.typical,
+            count / latency.typical,
+            unit,
+        )
+        for name, latency in found.items()
+    ]
 
 
-def _model_name(given: Any, model: nn.Module) -> str:
-    """The source without its folder, the file's hash where code makes the model, and the module's own words."""
-    words = hashlib.sha256(repr(model).encode()).hexdigest()[:16]
-    if isinstance(given, (str, os.PathLike)):
-        spec = str(given)
-        code = sha256(Path(spec.rpartition(":")[0])) if is_python(spec) else ""
-        return " ".join([Path(spec).name, code, words])
-    return f"{type(model).__qualname__} {words}"
+def _memory(
+    model: str,
+    factory: str | None,
+    against: str | None,
+    wish: Wish,
+    variants: list[Variant],
+    quantized: bool,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> list[MemoryRow]:
+    jobs = _jobs(model, factory, against, wish, quantized) if wish.memory else {}
+    if quantized and against is None and wish.memory:
+        notes.append("peak memory of the float model: not measured (give it with --against).")
+    rows = []
+    for variant in variants:
+        job = jobs.get(variant.name)
+        if job is not None:
+            say(f"Measuring the memory of {variant.name} in a process of its own …")
+        rows.append(MemoryRow(variant.name, variant.weight_bytes, None if job is None else measured_apart(job)))
+    return rows
 
 
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(name.encode())
-        _add(digest, tensor)
-    return digest.hexdigest()
-
-
-def values_hash(values: Any) -> str:
-    """SHA-256 of nested data: every tensor's bytes, everything else by its words."""
-    digest = hashlib.sha256()
-    _walk(digest, values)
-    return digest.hexdigest()
-
-
-def _walk(digest: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        _add(digest, value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        _walk(digest, vars(value))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            digest.update(f"{key}=".encode())
-            _walk(digest, item)
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{len(value)}:".encode())
-        for item in value:
-            _walk(digest, item)
-    else:
-        digest.update(f"{value!r};".encode())
-
-
-def _add(digest: Any, tensor: torch.Tensor) -> None:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(plain.view(torch.uint8).numpy())
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    if tokenizer is None:
-        return "none"
-    words = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
-    return hashlib.sha256(repr((type(tokenizer).__qualname__, words)).encode()).hexdigest()
+def _jobs(model: str, factory: str | None, against: str | None, wish: Wish, quantized: bool) -> dict[str, Job]:
+    common = (wish.inputs.to_json(), wish.batches, wish.threads[0], wish.device)
+    jobs = {}
+    if quantized:
+        jobs[OURS] = Job(model, factory, *common)
+        jobs[FUSED] = Job(model, factory, *common, fused=True)
+    if (plain := against if quantized else model) is not None:
+        jobs[FLOAT] = Job(plain, None, *common)
+        if not is_python(plain):
+            jobs["bfloat16"] = Job(plain, None, *common, dtype="bfloat16")
+    return jobs

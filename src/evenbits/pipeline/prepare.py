@@ -24,6 +24,7 @@ from evenbits.pipeline.balanced import Balanced
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.norms import folded_norms
+from evenbits.pipeline.only_faster import probed
 from evenbits.pipeline.plan import LayerPlan, plan_layers
 from evenbits.pipeline.solve import Solved, solve
 from evenbits.pipeline.unfuse import Unfusing, unfused
@@ -34,7 +35,7 @@ from evenbits.schemes.scheme import Scheme, resolve
 @dataclass(frozen=True)
 class Prepared:
     """Layers and folds that are ready to be swapped in, and how they came about. parts: what was taken apart; norms:
-    what to know about norms that were folded."""
+    what to know about norms that were folded; speeds: what a probe found."""
 
     scheme: Scheme
     methods: Methods
@@ -46,6 +47,7 @@ class Prepared:
     cost: SearchCost
     parts: Unfusing
     norms: tuple[str, ...]
+    speeds: tuple[str, ...]
 
     @property
     def chosen(self) -> list[LayerPlan]:
@@ -80,6 +82,8 @@ def preparing(
     progress: bool,
     options: Mapping[str, Any],
     keep: bool,
+    probe: bool = False,
+    only_faster: bool = False,
 ) -> Iterator[Prepared]:
     """Plans, watches, balances and solves; the arguments are `quantize`'s. Inside the block the model is in evaluation
     mode, fused modules are taken apart and norms folded; afterwards, too, with `keep`, unless there was an error.
@@ -104,6 +108,7 @@ def preparing(
     ):
         plans = parts.explained(plan_layers(model, scheme))
         plans, watched = watch(model, plans, batches, scheme, methods)
+        plans, speeds = probed(model, plans, batches, scheme, wanted=probe, keep=only_faster)
         chosen = [plan for plan in plans if not plan.reason]
         if not chosen:
             raise EvenbitsError(_nothing_to_do(plans))
@@ -112,7 +117,7 @@ def preparing(
         )
         with counting_cost() as cost:
             solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
-        yield Prepared(scheme, methods, plans, batches, watched, balanced, solved, cost, parts, norms)
+        yield Prepared(scheme, methods, plans, batches, watched, balanced, solved, cost, parts, norms, tuple(speeds))
 
 
 def refuse_quantized(model: nn.Module, caller: str) -> None:

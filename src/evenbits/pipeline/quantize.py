@@ -5,6 +5,7 @@
       norms     BatchNorm folded into the layer before it                                     (norms.py)
       plan      which layers, and why not the others                                          (plan.py)
       watch     trace one forward, prove folds, collect channel ranges                        (graph/, observers/)
+      probe     on request, which layers are faster quantized                                 (only_faster.py)
       balance   one s per region                                                              (balance.py)
       solve     weights to codes, activations to quantizers                                   (solve.py)
     swap        fold and replace                                                              (swap.py)
@@ -42,6 +43,8 @@ def quantize(
     method: str | None = None,
     data: Iterable[Any] | None = None,
     progress: bool = False,
+    probe: bool = False,
+    only_faster: bool = False,
     **options: Any,
 ) -> Result:
     """Quantizes `model` in place and returns what was done, layer by layer.
@@ -52,6 +55,9 @@ def quantize(
              by_format (layer by layer, nothing smoothed) if layers have pairs or a choice beside other formats.
     data:    calibration batches: any iterable of tensors, tuples of arguments or mappings of keyword arguments.
              Balance methods and static activations need it; with it, each layer's output error is measured too.
+    probe:   times each layer's shape on this machine before anything is converted, and says in the notes which layers
+             would be slower quantized. only_faster: keeps those in float. What is quantized then depends on the machine
+             and on its load. Both need `data`, whose first batch says how many rows each layer works on.
     options: passed to the methods, such as alpha=0.5.
 
     Raises EvenbitsError, with the model unchanged, if a name is unknown, a parameter or an activation is not finite,
@@ -60,6 +66,7 @@ def quantize(
     """
     start = time.perf_counter()
     given: dict[str, Any] = {"scheme": scheme, "method": method, "data": data, "progress": progress, "options": options}
+    given |= {"probe": probe, "only_faster": only_faster}
     with (
         preparing(model, "quantize", keep=True, **given) as prepared,
         swap(model, prepared.modules, prepared.balanced.folds),
@@ -88,7 +95,7 @@ def _result(model: nn.Module, prepared: Prepared, plans: list[LayerPlan]) -> Res
         backend=_backend(layers),
         search=prepared.cost,
         calibration_batches=0 if prepared.watched is None else prepared.watched.batches,
-        notes=(*prepared.parts.notes(model), *prepared.norms, *balanced.notes),
+        notes=(*prepared.speeds, *prepared.parts.notes(model), *prepared.norms, *balanced.notes),
     )
 
 

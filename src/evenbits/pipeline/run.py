@@ -63,6 +63,8 @@ def quantize_to_folder(
     ignore: tuple[str, ...],
     dtype: str,
     overwrite: bool,
+    probe: bool = False,
+    only_faster: bool = False,
     say: Callable[[str], None],
 ) -> Run:
     """Quantizes what `model` names and writes it to `output` (default: ./NAME-SCHEME). `say` receives progress lines.
@@ -87,7 +89,8 @@ def quantize_to_folder(
     else:
         say(f"Calibrating on {opened.description}.")
     first, batches = (None, None) if opened is None else _peek(opened.batches)
-    result = quantize(source.model, scheme=resolved, method=method, data=batches, progress=True, **options)
+    asked = {"probe": probe, "only_faster": only_faster}
+    result = quantize(source.model, scheme=resolved, method=method, data=batches, progress=True, **asked, **options)
     check = _Verify(source.model, model if is_python(model) else None, first)
     native.save(source.model, path, tokenizer=source.tokenizer, result=result, overwrite=overwrite, verify=check)
     found = describe(path)

@@ -20,8 +20,8 @@ from torch import nn
 from evenbits.errors import EvenbitsError
 from evenbits.nn.base import check_formats
 from evenbits.pipeline.activations import is_searched
-from evenbits.pipeline.bench import Bench, Experiment
 from evenbits.pipeline.points import Point, make_points, parse_alphas
+from evenbits.pipeline.sweep_bench import Bench, Experiment
 from evenbits.pipeline.sweep_result import Sweep, summarise
 from evenbits.pipeline.sweep_state import State
 from evenbits.pipeline.workers import run_here, run_in_processes, termination_as_interrupt

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from evenbits.errors import EvenbitsError
-from evenbits.pipeline.bench import Bench, Experiment
 from evenbits.pipeline.points import Point
+from evenbits.pipeline.sweep_bench import Bench, Experiment
 from evenbits.pipeline.sweep_state import State, key_digest, write_point
 
 _PATIENCE = 20.0  # seconds for a process to end by itself: one operation of torch cannot be interrupted
