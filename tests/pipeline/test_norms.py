@@ -17,6 +17,7 @@ from evenbits.nn.folded import FoldedNorm
 from evenbits.nn.unfuse import unfuse
 from evenbits.pipeline import norms as norms_module
 from evenbits.pipeline import prepare as prepare_module
+from evenbits.pipeline import quantize as quantize_module
 
 
 def net() -> nn.Sequential:
@@ -82,7 +83,7 @@ def test_any_error_afterwards_brings_them_back(where: str, error: type, monkeypa
         raise error("now")
 
     model, before = net(), net()
-    monkeypatch.setattr(prepare_module, where, fail)
+    monkeypatch.setattr(quantize_module if where in ("swap", "_result") else prepare_module, where, fail)
     with pytest.raises(error, match="now"):
         evenbits.quantize(model, scheme="W8A8_STATIC", method="smoothquant", data=[picture()])
     unchanged(model, before)
