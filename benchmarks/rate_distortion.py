@@ -41,7 +41,15 @@ CLAIMED = ((8, 8), (4, 16), (8, 64), (6, 4), (2, 4))
 SHARES = ("1", "0.5", "0.3", "0.1", "0.05", "0.01")
 COSTS = (
     *("raw", "fp16", "bf16", "fp8", "int8:g128", "int6:g128", "int5:g128", "int4:g128", "int3:g128", "int2:g128"),
-    *("int4:g128:affine", "int4:g128:stochastic", "sign", "int8:tensor", "hadamard+int4:g128", "hadamard+int8:g128"),
+    *(
+        "int4:g128:affine",
+        "uint4:g128:offset",
+        "int4:g128:stochastic",
+        "sign",
+        "int8:tensor",
+        "hadamard+int4:g128",
+        "hadamard+int8:g128",
+    ),
     *("multi6x4", "multi6x4:cuberoot", "multi6x4:dp", "multi8x8", "multi8x8:cuberoot", "multi8x8:dp", "lloyd4"),
     *("top0.5+multi8x8", "top0.5+multi8x8:dp", "top0.1+int8:g128", "top0.01+int8:g128", "lowrank4"),
     *("nf4:g64", "flint4:g64", "mxfp4", "nvfp4", "ovp4:g32", "int4:g128:mse"),

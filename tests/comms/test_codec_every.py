@@ -15,6 +15,7 @@ import evenbits
 from evenbits.comms.codecs import CODECS, Codec, get
 from evenbits.comms.codecs.base import FLOATS, Meta
 from evenbits.errors import EvenbitsError
+from evenbits.numerics.metrics import sqnr_db
 
 GROUPED = [
     *(f"int{bits}:{grain}" for bits in range(2, 9) for grain in ("g32", "row")),
@@ -308,6 +309,17 @@ def test_a_payload_inside_a_larger_message_is_read_where_it_lies(spec: str) -> N
     payload, meta = codec.encode(x), Meta.of(x)
     message = torch.cat([torch.zeros(3, dtype=torch.uint8), payload, torch.zeros(5, dtype=torch.uint8)])
     assert codec.decode(message[3 : 3 + len(payload)], meta).equal(codec.decode(payload, meta))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["int4:g128", "uint5:g128:offset", "sign:g128", "fp8", "multi6x4", "multi4x16:dp", "top0.1+int8:g128", "lloyd4"],
+)
+def test_large_and_odd_tensors_keep_what_small_ones_do(spec: str) -> None:
+    large = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0))
+    small = large[: 1 << 14]
+    quality = [sqnr_db(x, sent(x, spec)[1]) for x in (large, small)]
+    assert quality[0] == pytest.approx(quality[1], abs=1.5) and quality[0] > 2
 
 
 @pytest.mark.parametrize("spec", EVERY)

@@ -100,6 +100,8 @@ def test_the_count_is_exact_where_floating_point_is_not(ratio: str, size: int) -
     codec = get(f"top{ratio}+raw")
     exact = math.ceil(Fraction(ratio) * size)
     assert codec.payload_bytes_on(Meta((size,), torch.float32), exact) == 4 * exact
+    with pytest.raises(EvenbitsError, match="fewer than 2"):
+        codec.payload_bytes(Meta((1 << 31,), torch.float32))
     if size:
         head = 12 + IndexSet.of(size, exact).nbytes
         assert codec.payload_bytes(Meta((size,), torch.float32)) == head + 4 * exact

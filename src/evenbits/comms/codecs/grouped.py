@@ -13,8 +13,9 @@ seven elements. Symmetric uint formats are for tensors without negative values. 
 `:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`
 (affine, offset: with 2^b − 2 steps, so that no end is clipped).
 
-When it helps. Always: 5 to 30 dB more than one scale per tensor at nearly the same bits, because magnitudes differ from
-place to place (docs/codecs.md), and it costs a few passes.
+When it helps. Nearly always: 5 to 21 dB more than one scale per tensor at nearly the same bits, because magnitudes
+differ from place to place (docs/codecs.md), and it costs a few passes. `offset` for activations, `affine` or symmetric
+for gradients; where groups hold lone outliers, behind a rotation (hadamard.py).
 
 Zero. With `affine` the range is widened to include zero, and zero is a code. With `offset` it is not widened, but all
 grids are whole multiples of their step: a group that holds a zero (or both signs) has it as a code, and one that does

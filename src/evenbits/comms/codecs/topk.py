@@ -53,7 +53,9 @@ class TopK(Codec):
         self.keeps_zero = inner.keeps_zero
 
     def kept(self, meta: Meta) -> int:
-        """k, the number of elements that a payload holds."""
+        """k, the number of elements that a payload holds. Raises EvenbitsError from 2^31 elements on."""
+        if meta.numel >= 1 << 31:
+            raise EvenbitsError(f"{self.spec!r} carries fewer than 2^31 elements; given shape {list(meta.shape)}.")
         return -(-self.ratio.numerator * meta.numel // self.ratio.denominator)
 
     def payload_bytes(self, meta: Meta) -> int:
