@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +36,6 @@ from evenbits.comms.telemetry import Sums
 from evenbits.training.mobilenet import load_folded, mobilenet
 from evenbits.training.pictures import network_input, read_cifar10
 
-MAIN_BITS, MORE_BITS = (8, 4, 11, 16), (6, 10, 12)
 _LAST = 50  # steps whose mean loss is the final one
 
 
@@ -62,17 +60,18 @@ class Setting:
 
 
 def plan(seeds: int, **options: int) -> Iterator[Setting]:
-    """The runs, what matters most first."""
+    """The runs, what matters most first: methods and interventions where grids are coarse, then more bits, then the
+    widths between with one seed.
+    """
+    every, grids = (*METHODS, *INTERVENTIONS), ("minmax", "zero", *INTERVENTIONS)
     for seed in range(seeds):
         yield Setting("none", 32, seed, **options)
-        for method in (*METHODS, *INTERVENTIONS):
-            yield Setting(method, 8, seed, **options)
-    for bits in (b for b in MAIN_BITS if b != 8):
+    for bits, methods in ((8, every), (6, grids), (4, every), (11, METHODS), (16, METHODS)):
         for seed in range(seeds):
-            for method in METHODS:
+            for method in methods:
                 yield Setting(method, bits, seed, **options)
-    for bits in MORE_BITS:
-        for method in METHODS:
+    for bits, methods in ((6, ("multi", "grouped")), (10, METHODS), (12, METHODS)):
+        for method in methods:
             yield Setting(method, bits, 0, **options)
 
 
@@ -236,7 +235,7 @@ def main() -> None:
         made = run(setting, given.data)
         unfinished = file.with_suffix(".part")
         unfinished.write_text(json.dumps(made), encoding="utf-8")
-        os.replace(unfinished, file)
+        unfinished.replace(file)
         print(f"{setting.name}: loss {made['loss']}, accuracy {made['accuracy']}, {made['cpu_seconds']} s", flush=True)
 
 

@@ -46,7 +46,17 @@ def _each(runs: list[Run], pick: Any, digits: int) -> str:
 
 def results(runs: list[Run]) -> str:
     """One line per method and bits, one figure per seed."""
-    head = "| bits | quantizer | final loss | test accuracy % | stem SNR dB | stem DC ratio | its maximum | stem β, × start |"
+    titles = (
+        "bits",
+        "quantizer",
+        "final loss",
+        "test accuracy %",
+        "stem SNR dB",
+        "stem DC ratio",
+        "its maximum",
+        "stem β",
+    )
+    head = f"| {' | '.join(titles)} |"
     lines = [head, "|" + "---|" * 8]
     order = {name: i for i, name in enumerate(("none", "minmax", "minmax-centred", "zero", "zero-shifted"))}
     keys = sorted({(-r["bits"], order.get(r["method"], 9), r["method"]) for r in runs})
