@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # a range reserved for documentation
 INTERFACES = ("ebleft", "ebright")
-MTU = 4500  # headers are then 1.5 % of full packets
+MTU = 6000  # headers are then 1.1 % of full packets
 # Each namespace has its own. On a busy machine acknowledgements come late, and tail loss probes would send packets
 # twice;
 # a deep queue before the bucket would hold back the acknowledgements that travel the other way.

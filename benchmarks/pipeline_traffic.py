@@ -9,8 +9,8 @@ Two processes, one thread each, in two network namespaces joined by a throttled 
     seconds     median and best of the measured steps, after one step that is not measured
     share       1 − (stock step on the unthrottled link) / (this step): what of the step the link is responsible for
     reported    bytes of payloads and trailers as CodecStage counts them (stock: sizes of the tensors)
-    interface   bytes the kernel counted on both ends of the link in the same steps: headers and acknowledgements too
-    ratio       interface / reported; must be within 3 % of 1
+    interface   bytes the kernel counted on both ends of the link in the same steps, headers and acknowledgements too
+    ratio       the same without 66 bytes of Ethernet, IP and TCP header per packet / reported; must be within 3 % of 1
 
     |1          behind a codec: receives are posted one microbatch ahead (CodecStage's `ahead`)
     mean        seconds inside the schedule alone
@@ -48,6 +48,7 @@ from evenbits.comms.stages import CodecStage
 SCHEDULES = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}
 CODECS = "stock,raw,raw|1,fp16,int8:g128,int8:g128|1,int4:g128/int8:g128|1,int4:g128,int4:g128|1"
 VOCABULARY = 512
+HEADER = 14 + 20 + 32  # Ethernet, IPv4, TCP with timestamps
 
 
 class Part(nn.Module):
@@ -69,11 +70,12 @@ def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def counted(rank: int, local: bool) -> int:
-    """Bytes the kernel has sent from this end of the link."""
+def counted(rank: int, local: bool) -> list[int]:
+    """Bytes and packets the kernel has sent from this end of the link."""
     if local:
-        return 0
-    return int(Path(f"/sys/class/net/{INTERFACES[rank]}/statistics/tx_bytes").read_text())
+        return [0, 0]
+    folder = Path(f"/sys/class/net/{INTERFACES[rank]}/statistics")
+    return [int((folder / name).read_text()) for name in ("tx_bytes", "tx_packets")]
 
 
 def paced(stage: Any, rate: float) -> None:
@@ -144,7 +146,7 @@ def case(rank: int, options: dict[str, Any], schedule: str, codec: str, microbat
     engine: Any = SCHEDULES[schedule](stage, microbatches, loss_fn=clock.timed("loss", loss_of))
     optimizer = torch.optim.SGD(part.parameters(), lr=0.01)
     ids = torch.randint(VOCABULARY, (options["batch"], options["length"]), generator=torch.Generator().manual_seed(1))
-    seconds, engines, losses, before, sent = [], [], [], 0, 0
+    seconds, engines, losses, before, sent = [], [], [], [0, 0], 0
     for step in range(options["steps"] + 1):
         dist.barrier()
         if step == 1:
@@ -169,7 +171,7 @@ def case(rank: int, options: dict[str, Any], schedule: str, codec: str, microbat
         "seconds": seconds,
         "engine": engines,
         "clock": clock.means(),
-        "interface": counted(rank, options["local"]) - before,
+        "interface": [now - then for now, then in zip(counted(rank, options["local"]), before, strict=True)],
         "reported": stock if codec == "stock" else stage.bytes_sent() - sent,
         "loss": sum(float(x.detach()) for x in losses) / len(losses) if losses else None,
     }
@@ -214,7 +216,8 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for one, two in zip(*both, strict=True):
         seconds = [max(pair) for pair in zip(one["seconds"], two["seconds"], strict=True)]
-        reported, interface = one["reported"] + two["reported"], one["interface"] + two["interface"]
+        reported = one["reported"] + two["reported"]
+        interface, packets = map(sum, zip(one["interface"], two["interface"], strict=True))
         rows.append(
             {
                 "link": "loopback, sends paced" if options["local"] else "namespaces, tbf",
@@ -224,7 +227,7 @@ def run(options: dict[str, Any]) -> list[dict[str, Any]]:
                 "best": min(seconds),
                 "reported": reported // options["steps"],
                 "interface": interface // options["steps"] or None,
-                "ratio": interface / reported if interface else None,
+                "ratio": (interface - HEADER * packets) / reported if interface else None,
                 "loss": two["loss"],
                 "engine": statistics.mean(max(pair) for pair in zip(one["engine"], two["engine"], strict=True)),
                 "predicted": foretold(options, one, two),

@@ -48,7 +48,8 @@ def test_a_throttled_link_between_namespaces() -> None:
     found = rows("--rates", "50e6", "--codecs", "stock,raw,int8:g128,int8:g128|1", "--steps", "2")
     by = {(r["schedule"], r["codec"], r["microbatches"]): r for r in found}
     for r in found:
-        assert 1.0 < r["ratio"] < 1.03, r
+        assert 1.0 <= r["ratio"] < 1.03, r
+        assert r["reported"] < r["interface"] < 1.06 * r["reported"], "with headers and acknowledgements"
     stock = by["GPipe", "stock", 8]
     assert by["GPipe", "raw", 8]["loss"] == stock["loss"]
     assert by["GPipe", "int8:g128", 8]["best"] < stock["best"] / 2

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from evenbits.comms.codecs import get
 from evenbits.comms.codecs.base import Meta
 from evenbits.comms.ddp import QuantizedReduce
+from evenbits.comms.faults import one_error
 from evenbits.comms.stages import CodecStage
 from evenbits.comms.telemetry import Telemetry
 from evenbits.comms.wire import Edge
@@ -241,7 +242,7 @@ def ahead(rank: int, world: int, schedules: list[str], codec: str) -> Any:
     }
 
 
-def both_ways(rank: int, world: int, codec: str) -> Any:
+def both_ways(rank: int, world: int, codec: str, spoilt: bool = False) -> Any:
     """Two pipelines of two stages side by side, each stage in DDP with coded gradients: ranks 0-1 and 2-3."""
     lines, pairs = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
     pipes = [dist.new_group(ranks) for ranks in lines]
@@ -252,7 +253,13 @@ def both_ways(rank: int, world: int, codec: str) -> Any:
     hook = QuantizedReduce(parts[rank % 2], codec=codec, small=8, group=double)
     hook.register(parts[rank % 2])
     line = Pipeline("1F1B", rank % 2, 2, parts=parts, codec=codec, group=pipe)
-    losses = [line.step(*batch(10 * step + rank // 2)) for step in range(4)]
+    losses = []
+    for step in range(4):
+        if spoilt and step == 2 and rank == 0:
+            with torch.no_grad():
+                line.stages[0].submod.module.mix.bias[0] = float("nan")
+        with one_error(line.schedule):
+            losses.append(line.step(*batch(10 * step + rank // 2)))
     return losses, line.digest(), hook.bytes_sent
 
 

@@ -39,7 +39,9 @@ def test_a_cut_payload_is_an_error_on_every_rank(direction: str) -> None:
         assert ("arrived without its end" in text) == (steps[0] == [] if receiver == 0 else steps[0] != [])
 
 
-@pytest.mark.parametrize(("who", "tcp"), [(0, False), (1, False), (2, False), (0, True), (1, True)])
+@pytest.mark.parametrize(
+    ("who", "tcp"), [pytest.param(0, False, marks=pytest.mark.slow), (1, False), (2, False), (0, True), (1, True)]
+)
 def test_a_killed_peer_is_one_error_on_every_other_rank(who: int, tcp: bool) -> None:
     results = run(fault_work.killed, 3, who, link_timeout=8.0, tcp=tcp)
     assert results[who][0] == "killed"
@@ -64,11 +66,12 @@ def test_a_stalled_peer_is_an_error_within_the_timeout() -> None:
             assert "rank(s) [1] said nothing: killed, stalled or cut off" in text
 
 
-def test_an_exception_in_the_model_is_named_on_every_rank() -> None:
-    for rank, steps in enumerate(values(run(fault_work.raising, 3, 2))):
+@pytest.mark.parametrize(("who", "tcp"), [(2, False), (0, True)])
+def test_an_exception_in_the_model_is_named_on_every_rank(who: int, tcp: bool) -> None:
+    for rank, steps in enumerate(values(run(fault_work.raising, 3, who, tcp=tcp))):
         name, text, seconds = steps[1]
         assert name == "LinkError" and seconds < 6, rank
-        assert "rank 2 stopped with RuntimeError: [Stage 2] failed to run forward" in text
+        assert f"rank {who} stopped with RuntimeError: [Stage {who}] failed to run forward" in text
         assert "(from KeyError: 'no such head')" in text
 
 

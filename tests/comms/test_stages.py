@@ -162,6 +162,14 @@ def test_pipelines_side_by_side_with_coded_data_parallel_gradients() -> None:
     assert all(sent > 0 for _, _, sent in results)
 
 
+def test_a_nan_in_one_of_two_pipelines_stops_both() -> None:
+    """What one pipeline's ranks agree on, the other one does not know: nobody is left waiting all the same."""
+    results = run(stage_work.both_ways, 4, "int8:g16", True, link_timeout=20.0, deadline=15.0)
+    for kind, text in results:
+        assert kind == "LinkError", text
+    assert any("NaN or infinite values" in text for _, text in results)
+
+
 def test_telemetry_of_a_pipeline_is_what_was_sent(tmp_path: Path) -> None:
     """Steps 0, 2 and 4 of five are measured."""
     for rank, (sent, summary) in enumerate(values(run(stage_work.measured, 2, str(tmp_path)))):

@@ -98,7 +98,8 @@ def _checked(frames: list[torch.Tensor], sequence: int, fault: str) -> list[torc
         raise AgreedError(
             f"rank(s) {sick} could not code their gradients, which most likely hold NaN or infinite values"
             f"{f' ({fault})' if fault else ''}. No rank has stepped its optimizer: drop this batch, or continue from "
-            "the last checkpoint with a lower learning rate or loss scale."
+            "the last checkpoint with a lower learning rate or loss scale.",
+            len(frames),
         )
     return parts
 

@@ -105,7 +105,8 @@ class Desk:
             own = f" ({self.detail})" if self.fault == code else ""
             raise AgreedError(
                 f"{Fault.of(code)}{own}. No rank has stepped its optimizer: drop this batch, or continue from the last "
-                "checkpoint with a lower learning rate or loss scale."
+                "checkpoint with a lower learning rate or loss scale.",
+                dist.get_world_size(self.group),
             )
 
 
@@ -127,8 +128,8 @@ def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
     where it began.
 
     The process group is destroyed: after an error in the middle of a step its messages no longer match. Start it again
-    and continue from the last checkpoint. An AgreedError, which all ranks raise together, passes unchanged and leaves
-    the group as it is.
+    and continue from the last checkpoint. An AgreedError that all ranks of the job raise together passes unchanged and
+    leaves the group as it is; one that only a part of them raises (one pipeline of several) stops the others too.
 
     schedule: the pipeline schedule whose step this is. torch's schedules keep the losses of a step that raised; given
         here, it is ready for the next batch.
@@ -136,20 +137,29 @@ def one_error(schedule: Any = None, *, grace: float = 1.0) -> Iterator[None]:
     """
     try:
         yield
-    except AgreedError:
-        for kept in ("_internal_losses", "fwd_recv_ops", "bwd_recv_ops"):
-            getattr(schedule, kept, []).clear()
-        raise
     except Exception as error:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        reason = _reason(error)
-        consequence = _is_consequence(error)
-        mine = ("heard " if consequence else "began ") + reason
-        store = PrefixStore("evenbits/stopped", _get_default_store())
-        lost = not _write(store, rank, mine)
-        _close(error)
-        reasons = {} if lost else _reasons(store, world, rank, grace if consequence else 0.0)
-        raise LinkError(_sentence({**reasons, rank: mine}, world, lost or -1 in reasons)) from error
+        if not dist.is_initialized():
+            raise
+        if isinstance(error, AgreedError) and error.ranks == dist.get_world_size():
+            for kept in ("_internal_losses", "fwd_recv_ops", "bwd_recv_ops"):
+                getattr(schedule, kept, []).clear()
+            raise
+        raise _stopped(error, grace) from error
+
+
+def _stopped(error: Exception, grace: float) -> LinkError:
+    """Tell the other ranks why, close this rank's connections, and put together what all of them said."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    consequence = _is_consequence(error)
+    mine = ("heard " if consequence else "began ") + _reason(error)
+    store = PrefixStore("evenbits/stopped", _get_default_store())
+    lost = not _write(store, rank, mine)
+    _close(error)
+    reasons = {} if lost else _reasons(store, world, rank, grace if consequence else 0.0)
+    if not lost and -1 not in reasons:
+        # Who said nothing by now reads nothing either; an error that began here wakes the others only now.
+        _leave(store, set(reasons) if consequence else set(range(world)) - {rank}, rank, 2 * grace)
+    return LinkError(_sentence({**reasons, rank: mine}, world, lost or -1 in reasons))
 
 
 def _reason(error: BaseException) -> str:
@@ -205,6 +215,21 @@ def _reasons(store: Store, world: int, rank: int, grace: float) -> dict[int, str
         if len(found) >= world - 1 or time.monotonic() >= until:
             return found
         time.sleep(0.05)
+
+
+def _leave(store: Store, readers: set[int], rank: int, grace: float) -> None:
+    """Say that this rank has read the reasons. Rank 0, whose process usually holds the store, waits for the others to
+    say so before it raises: the store may go with it.
+    """
+    until = time.monotonic() + grace
+    try:
+        store.set(f"read/{rank}", "1")
+        while rank == 0 and time.monotonic() < until:
+            if all(store.check([f"read/{other}"]) for other in readers):
+                return
+            time.sleep(0.05)
+    except RuntimeError:  # Gone already: nobody can read any more.
+        return
 
 
 def _sentence(reasons: dict[int, str], world: int, lost: bool) -> str:

@@ -2,10 +2,9 @@
 
 A card says evenbits' version, the wire's version, the codecs of both edges and the shapes and types that will travel.
 They are exchanged over the job's key-value store and not over the link itself, as JSON with keys that do not change
-between
-versions: so two versions that would misunderstand each other's messages still understand that they differ, and every
-rank comes to the same words. A stage that shows no card (another stage class, a process that died) is named after the
-timeout.
+between versions: so two versions that would misunderstand each other's messages still understand that they differ, and
+every rank comes to the same words. A stage that shows no card (another stage class, a process that died) is named
+after the timeout.
 """
 
 from __future__ import annotations
@@ -85,7 +84,8 @@ def read(store: Store, stages: int, turn: int, timeout: timedelta) -> list[Card]
             f"stages {missing} did not show their codecs within {timeout.total_seconds():.0f} s. Every stage of a "
             "pipeline must be a CodecStage (every rank must have the hook), and every process must be alive."
         ) from error
-    found = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+    extended = getattr(store, "has_extended_api", lambda: False)()  # missing in torch's stubs; files have none
+    found = store.multi_get(keys) if extended else [store.get(key) for key in keys]
     return [json.loads(text) for text in found]
 
 
@@ -132,7 +132,9 @@ def shake(group: dist.ProcessGroup | None, cards: dict[int, Card], stages: int, 
     turn = show(store, dist.get_rank(group), cards)
     found = disagreements(read(store, stages, turn, timeout))
     if found:
-        raise AgreedError("the stages of this pipeline do not fit together: " + "; ".join(found) + ".")
+        raise AgreedError(
+            "the stages of this pipeline do not fit together: " + "; ".join(found) + ".", dist.get_world_size(group)
+        )
 
 
 def agree_on(group: dist.ProcessGroup | None, what: str, settings: Card, timeout: timedelta) -> None:
@@ -145,4 +147,4 @@ def agree_on(group: dist.ProcessGroup | None, what: str, settings: Card, timeout
         values = {r: c.get(name) for r, c in enumerate(cards)}
         if any(value != values[0] for value in values.values()):
             listed = ", ".join(f"rank {r} has {value}" for r, value in values.items())
-            raise AgreedError(f"the ranks of this group differ in {name!r}: {listed[:1000]}.")
+            raise AgreedError(f"the ranks of this group differ in {name!r}: {listed[:1000]}.", world)

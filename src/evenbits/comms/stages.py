@@ -7,8 +7,8 @@ torch.distributed.pipelining has no hook for what travels, but its schedules tou
 `get_*_ops` methods, which name the buffers to send and receive, and through `_retrieve_recv_*`, which read a received
 buffer just before it is needed. Overriding these puts a codec at every schedule's disposal: encoding when the send is
 posted, decoding on the compute stream after the wait. The forward and the backward codec of an edge are independent
-(gradients need milder
-ones: Rudakov et al. 2024, arXiv 2401.07788). With codec "raw" losses and gradients are bit-identical to PipelineStage.
+(gradients need milder ones: Rudakov et al. 2024, arXiv 2401.07788). With codec "raw" losses and gradients are
+bit-identical to PipelineStage.
 
 What differs from the stock stage: receive buffers have the packed size, and a new one is taken for every message, so
 that a decoded activation is a fresh leaf. Neighbouring stages on one rank hand tensors over as before, uncoded.
@@ -60,11 +60,11 @@ class CodecStage(PipelineStage):
     guard: warns, or raises the bits, when the measured error becomes dangerous (comms/guard.py); needs telemetry.
     timeout: seconds to wait for the other stages' cards before the first step.
     ahead: how many microbatches ahead of its need a receive is posted; None leaves it to the schedule, as NCCL needs
-        it. gloo announces a receive on the connection that also carries the data going that way, and 1F1B posts its
-        sends
-        first: without this, activations and gradients take turns on a link that could carry both at once.
+        it; "auto" is 1 on gloo. gloo announces a receive on the connection that also carries the data going that way,
+        and 1F1B posts its sends first: without this, activations and gradients take turns on a link that could carry
+        both at once.
 
-    Before the first step all stages compare codecs, versions and shapes and raise EvenbitsError together if they
+    Before the first step all stages compare codecs, versions and shapes and raise AgreedError together if they
     differ; an edge that would prune the output of an embedding is refused there too unless `Edge.prune_embeddings` is
     set.
     """
@@ -234,7 +234,7 @@ class CodecStage(PipelineStage):
         self.drop_receives()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """A step ends: before gradients are used, all ranks hear whether one of them met a fault. Raises LinkError."""
+        """A step ends: before gradients are used, all ranks hear if one of them met a fault. Raises AgreedError."""
         if self.has_backward:
             self.desk.agree(self.stage_index, self._local())
         super().perform_reduce_grad(grad_scale_factor)

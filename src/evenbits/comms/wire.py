@@ -5,11 +5,10 @@
 
 A receiver posts its buffer before anything is sent, with the trailer set to zero. gloo accepts a message shorter than
 the buffer without a word, so a payload that was cut shows only in its missing trailer. `sequence` names step,
-microbatch,
-direction and slot: a message that arrives out of turn is an error, not a wrong activation. `flags` says that the sender
-could not code its tensor (comms/faults.py). `level` announces which rung of the codec ladder the sender will use in the
-NEXT step (comms/guard.py): both ends change at the same step, without a further message. Eight bytes per message are
-counted in every figure that is reported.
+microbatch, direction and slot: a message that arrives out of turn is an error, not a wrong activation. `flags` says
+that the sender could not code its tensor (comms/faults.py). `level` announces which rung of the codec ladder the
+sender will use in the NEXT step (comms/guard.py): both ends change at the same step, without a further message. Eight
+bytes per message are counted in every figure that is reported.
 """
 
 from __future__ import annotations
@@ -36,7 +35,13 @@ class LinkError(EvenbitsError):
 
 
 class AgreedError(LinkError):
-    """A LinkError that every rank raises, with the same words, at the same place: none is left waiting."""
+    """A LinkError that every rank of a group raises, with the same words, at the same place: none of them is left
+    waiting. ranks: how many they are; in a job of several groups the others do not know of it.
+    """
+
+    def __init__(self, text: str, ranks: int) -> None:
+        super().__init__(text)
+        self.ranks = ranks
 
 
 class FrameError(LinkError):
