@@ -58,11 +58,14 @@ def final(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def same(a: Path, b: Path, rank: int = 0) -> None:
+def same(a: Path, b: Path, rank: int = 0, *, padding: int = 0) -> None:
+    """padding: bytes that may differ per step."""
     mine, theirs = final(a, rank), final(b, rank)
     assert list(mine) == list(theirs) and len(mine) > 10
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert untimed(log(a, rank)) == untimed(log(b, rank))
+    lines = list(zip(untimed(log(a, rank)), untimed(log(b, rank)), strict=True))
+    assert all(abs(x.pop("bytes") - y.pop("bytes")) <= padding * len(lines) for x, y in lines)
+    assert all(x == y for x, y in lines)
 
 
 def ranks(arguments: list[str], world: int = 2) -> list[subprocess.Popen[str]]:
@@ -177,7 +180,7 @@ def test_replicas_with_error_feedback_continue_bit_by_bit(folder: Path, tmp_path
         (out / f"log-rank{rank}.jsonl").write_bytes((whole / f"log-rank{rank}.jsonl").read_bytes())
     ended(ranks(words(folder, out, *more, "--resume", steps=4)))
     for rank in (0, 1):
-        same(out, whole, rank)
+        same(out, whole, rank, padding=16)  # DDP begins with other buckets, and each is filled up to eight bytes.
     kept = state.read(state.folder_of(whole, 4) / "rank0.safetensors")["engine"]["codecs"]["hook"]["errors"]
     assert kept and any(float(error.abs().max()) > 0 for error in kept.values())
     models = [state.read(state.folder_of(whole, 4) / f"rank{r}.safetensors")["engine"]["model"] for r in (0, 1)]

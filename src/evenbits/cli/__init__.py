@@ -11,6 +11,7 @@ import typer
 
 from evenbits import __version__
 from evenbits.cli.advise import advise
+from evenbits.cli.comms import comms
 from evenbits.cli.demo import demo
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
@@ -33,6 +34,7 @@ app.command()(evaluate)
 app.command()(inspect)
 app.command()(table)
 app.command()(demo)
+app.add_typer(comms, name="comms")
 
 
 def _version(wanted: bool) -> None:
