@@ -194,6 +194,13 @@ def test_a_loss_that_is_not_finite_is_a_clear_error(folder: Path, tmp_path: Path
     assert "is NaN or infinite" in said and "lower rate" in said
 
 
+def test_a_pipeline_that_diverges_ends_on_all_ranks(folder: Path, tmp_path: Path) -> None:
+    processes = ranks(words(folder, tmp_path / "run", "--rate", "1e30"))
+    found = [p.communicate(timeout=120)[1] for p in processes]
+    assert [p.returncode for p in processes] == [1, 1], found
+    assert all("NaN or infinite" in text and "Traceback" not in text for text in found), found
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

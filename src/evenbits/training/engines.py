@@ -37,11 +37,12 @@ def mean_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class Engine(ABC):
-    """This rank's part of the model. chain: its module; telemetry: of its outgoing tensors."""
+    """This rank's part of the model. chain: its module; telemetry: of its outgoing tensors; schedule: torch's or None."""
 
     chain: Chain
     optimizer: torch.optim.Optimizer
     telemetry: Telemetry
+    schedule: Any = None
 
     @abstractmethod
     def step(self, step: int, inputs: Inputs, classes: Tensor) -> float | None:
@@ -185,8 +186,7 @@ class Staged(Engine):
             input_args=shapes[self.rank],
             output_args=shapes[self.rank + 1],
         )
-        self.schedule: Any = SCHEDULES[recipe.schedule](self.stage, recipe.microbatches, loss_fn=mean_loss)
-        self._evaluates: Any = None
+        self.schedule = SCHEDULES[recipe.schedule](self.stage, recipe.microbatches, loss_fn=mean_loss)
         self._before = 0
 
     def step(self, step: int, inputs: Inputs, classes: Tensor) -> float | None:

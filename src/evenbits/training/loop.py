@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from evenbits.comms.faults import one_error
 from evenbits.errors import CheckpointError, EvenbitsError
 from evenbits.training import state
 from evenbits.training.engines import Engine, Inputs, diverged
@@ -149,7 +150,10 @@ class Run:
         step, recipe = self.done, self.recipe
         self.engine.set_rate(recipe.rate * (1 + math.cos(math.pi * step / self.total)) / 2)
         inputs, classes = batch_of(self.task.train, self.task, recipe, step)
-        return self.engine.step(step, inputs, classes)
+        # Whatever stops one rank becomes one error on all of them.
+        together = one_error(self.engine.schedule) if dist.is_initialized() else nullcontext()
+        with together:
+            return self.engine.step(step, inputs, classes)
 
     def _agreed(self) -> int:
         """The signal that any rank has heard, or 0."""
