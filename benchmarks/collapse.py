@@ -60,19 +60,20 @@ class Setting:
 
 
 def plan(seeds: int, **options: int) -> Iterator[Setting]:
-    """The runs, what matters most first: methods and interventions where grids are coarse, then more bits, then the
-    widths between with one seed.
+    """The runs, what matters most first: the coarse grids and the interventions, the same grids at other widths, then
+    the other methods, and with one seed the widths between.
     """
-    every, grids = (*METHODS, *INTERVENTIONS), ("minmax", "zero", *INTERVENTIONS)
+    grids, others = ("minmax", "zero"), ("multi", "grouped")
+    blocks = [(8, (*METHODS, *INTERVENTIONS), seeds), (6, (*grids, *INTERVENTIONS), seeds)]
+    blocks += [(bits, grids, seeds) for bits in (4, 11, 16)]
+    blocks += [(6, others, 1), *((bits, others, seeds) for bits in (4, 11, 16)), (4, INTERVENTIONS, seeds)]
+    blocks += [(bits, METHODS, 1) for bits in (10, 12)]
     for seed in range(seeds):
         yield Setting("none", 32, seed, **options)
-    for bits, methods in ((8, every), (6, grids), (4, every), (11, METHODS), (16, METHODS)):
-        for seed in range(seeds):
+    for bits, methods, count in blocks:
+        for seed in range(count):
             for method in methods:
                 yield Setting(method, bits, seed, **options)
-    for bits, methods in ((6, ("multi", "grouped")), (10, METHODS), (12, METHODS)):
-        for method in methods:
-            yield Setting(method, bits, 0, **options)
 
 
 class Cut(nn.Module):

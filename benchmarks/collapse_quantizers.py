@@ -8,9 +8,10 @@ grouped    a symmetric grid per 128 elements
 Up to 8 bits these are the codecs of evenbits.comms.codecs, decode(encode(x)). Those end at 8 bits; above, the same
 formulas are evaluated without making bytes: what is studied there is the error, and nothing is saved.
 
-Two more change ONE thing about the error of a gradient, its mean, and leave the rest as it is:
+Three more change ONE thing about the error of a gradient, its mean, and leave the rest as it is:
 
 minmax-centred   minmax, then its mean error is subtracted from every element
+minmax-channels  minmax, then each channel's mean error is subtracted from its elements
 zero-shifted     zero, then the mean error that minmax makes of the same tensor is added to every element
 """
 
@@ -29,7 +30,7 @@ Quantizer = Callable[[Tensor], Tensor]
 # True bits → bits inside a part and parts. 11 and 8 are the settings of the experiment that is explained.
 PARTS = {4: (2, 4), 6: (4, 4), 8: (4, 16), 10: (7, 8), 11: (8, 8), 12: (8, 16), 16: (12, 16)}
 METHODS = ("minmax", "zero", "multi", "grouped")
-INTERVENTIONS = ("minmax-centred", "zero-shifted")
+INTERVENTIONS = ("minmax-centred", "minmax-channels", "zero-shifted")
 _GROUP = 128
 
 
@@ -109,7 +110,12 @@ def _intervention(method: str, bits: int) -> Quantizer:
         made = off(x)
         return made - (made - x).double().mean().to(x.dtype)
 
+    def channels(x: Tensor) -> Tensor:
+        made = off(x)
+        places = [d for d in range(x.ndim) if d != 1]
+        return made - (made - x).double().mean(dim=places, keepdim=True).to(x.dtype)
+
     def shifted(x: Tensor) -> Tensor:
         return on(x) + (off(x) - x).double().mean().to(x.dtype)
 
-    return centred if method == "minmax-centred" else shifted
+    return {"minmax-centred": centred, "minmax-channels": channels, "zero-shifted": shifted}[method]

@@ -58,7 +58,10 @@ def results(runs: list[Run]) -> str:
     )
     head = f"| {' | '.join(titles)} |"
     lines = [head, "|" + "---|" * 8]
-    order = {name: i for i, name in enumerate(("none", "minmax", "minmax-centred", "zero", "zero-shifted"))}
+    order = {
+        name: i
+        for i, name in enumerate(("none", "minmax", "minmax-centred", "minmax-channels", "zero", "zero-shifted"))
+    }
     keys = sorted({(-r["bits"], order.get(r["method"], 9), r["method"]) for r in runs})
     for bits, _, method in keys:
         same = sorted((r for r in runs if r["bits"] == -bits and r["method"] == method), key=lambda r: r["seed"])

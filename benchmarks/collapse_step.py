@@ -3,9 +3,10 @@
     python benchmarks/collapse_step.py --data DIR [--bits 8,6,4] [--batches 6] [--size 48]
 
 The network of collapse.py at its start. The activations are not quantized and neither is the gradient at the second
-cut, so that all quantizers meet the same tensor. Medians over batches of ‖quantized − exact‖ / ‖exact‖ for the gradients
-of the stem's convolution (W) and BatchNorm (γ, β); beside them SNR and DC ratio of the tensor, and the DC ratio of its
-worst channel, over all positions and over those that ReLU6 lets through, which are the ones that β's gradient sums.
+cut, so that all quantizers meet the same tensor. Medians over batches of ‖quantized − exact‖ / ‖exact‖ for the
+gradients of the stem's convolution (W) and BatchNorm (γ, β); beside them SNR and DC ratio of the tensor, and the DC
+ratio of its worst channel, over all positions and over those that ReLU6 lets through, which are the ones that β's
+gradient sums. Channels whose gradient is almost zero make the worst ones.
 """
 
 from __future__ import annotations

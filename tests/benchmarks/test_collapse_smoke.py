@@ -55,11 +55,14 @@ def test_zero_is_on_one_grid_and_not_on_the_other(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8, 11])
 def test_an_intervention_changes_the_mean_error_and_nothing_else(bits: int) -> None:
-    x = tails(2).double()
+    x = tails(2, 6000).double().view(5, 12, 10, 10)
     error = {m: q.quantizer(m, bits)(x) - x for m in ("minmax", "zero", *q.INTERVENTIONS)}
     assert abs(float(error["minmax-centred"].mean())) < 1e-6 * abs(float(error["minmax"].mean()))
     change = error["minmax-centred"] - error["minmax"]
     torch.testing.assert_close(change, change.mean().expand_as(change))
+    change = error["minmax-channels"] - error["minmax"]
+    torch.testing.assert_close(change, change[:1, :, :1, :1].expand_as(change))
+    assert float(error["minmax-channels"].mean(dim=(0, 2, 3)).abs().max()) < 1e-6 * float(error["minmax"].abs().max())
     change = error["zero-shifted"] - error["zero"]
     torch.testing.assert_close(change, error["minmax"].mean().expand_as(change), rtol=1e-4, atol=1e-12)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,44 +36,55 @@ def plan(
 ) -> None:
     """Say which codecs pay off on a link: codecs timed here, the step predicted."""
     with working():
-        from dataclasses import asdict
-
-        from evenbits.comms.plan import CODECS, parse_link, parse_shape
-        from evenbits.comms.plan import plan as make
-        from evenbits.comms.simulate import SCHEDULES, Network
-        from evenbits.errors import unknown_name
-
-        kinds = {name.lower(): name for name in SCHEDULES}
-        if schedule.lower() not in kinds:
-            raise unknown_name("schedule", schedule, kinds)
-        rate, size = parse_link(link), parse_shape(shape)
-        offers = make(
-            codec or CODECS,
-            shape=size,
-            net=Network(rate, latency / 1e3),
-            stages=stages,
-            microbatches=microbatches,
-            schedule=kinds[schedule.lower()],
-            compute=compute / 1e3,
-        )
+        made = _made(link, shape, codec, latency, stages, microbatches, schedule, compute)
     if as_json:
-        given = {"link": rate, "latency": latency / 1e3, "shape": list(size), "compute": compute / 1e3}
-        emit({**given, "stages": stages, "microbatches": microbatches, "offers": [asdict(o) for o in offers]})
-        return
+        emit(made)
+    else:
+        _show(f"{shape} per microbatch, {stages} stages, {schedule}, {made['link'] / 1e6:g} Mbit/s", made["offers"])
+
+
+def _made(
+    link: str,
+    shape: str,
+    codec: list[str] | None,
+    latency: float,
+    stages: int,
+    microbatches: int,
+    schedule: str,
+    compute: float,
+) -> dict[str, Any]:
+    """The settings and offers as plain data. Raises EvenbitsError for what is not understood."""
+    from dataclasses import asdict
+
+    from evenbits.comms.plan import CODECS, parse_link, parse_shape
+    from evenbits.comms.plan import plan as make
+    from evenbits.comms.simulate import SCHEDULES, Network
+    from evenbits.errors import unknown_name
+
+    kinds = {name.lower(): name for name in SCHEDULES}
+    if schedule.lower() not in kinds:
+        raise unknown_name("schedule", schedule, kinds)
+    rate, size = parse_link(link), parse_shape(shape)
+    offers = make(
+        codec or CODECS,
+        shape=size,
+        net=Network(rate, latency / 1e3),
+        stages=stages,
+        microbatches=microbatches,
+        schedule=kinds[schedule.lower()],
+        compute=compute / 1e3,
+    )
+    given = {"link": rate, "latency": latency / 1e3, "shape": list(size), "compute": compute / 1e3}
+    return {**given, "stages": stages, "microbatches": microbatches, "offers": [asdict(offer) for offer in offers]}
+
+
+def _show(title: str, offers: list[dict[str, Any]]) -> None:
     from evenbits.reporting.tables import show, table
 
     columns = ["codec", "bits / element", "encode ms", "decode ms", "pays off below Mbit/s", "step ms", "× raw"]
-    rows = [
-        (
-            o.codec,
-            o.bits,
-            o.encode * 1e3,
-            o.decode * 1e3,
-            "any" if o.break_even is None else o.break_even / 1e6 or None,
-            o.step * 1e3,
-            o.speedup,
-        )
-        for o in offers
-    ]
-    show(table(f"{shape} per microbatch, {stages} stages, {schedule}, {rate / 1e6:g} Mbit/s", columns, rows))
+    rows = []
+    for o in offers:
+        limit = "any" if o["break_even"] is None else o["break_even"] / 1e6 or None
+        rows.append((o["codec"], o["bits"], 1e3 * o["encode"], 1e3 * o["decode"], limit, 1e3 * o["step"], o["speedup"]))
+    show(table(title, columns, rows))
     show("encode, decode: both directions of one microbatch, timed here; step: predicted, with that computation only.")

@@ -37,7 +37,7 @@ def mean_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class Engine(ABC):
-    """This rank's part of the model. chain: its module; telemetry: of its outgoing tensors; schedule: torch's or None."""
+    """This rank's part of the model. chain: its module; telemetry: of what it sends; schedule: torch's or None."""
 
     chain: Chain
     optimizer: torch.optim.Optimizer
