@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -31,9 +32,9 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def report(runs: list[Run]) -> str:
-    """Markdown: the curves' ends, the intervention, the predictors."""
-    parts = [results(runs), predictors(runs)]
-    return "\n\n".join(parts)
+    """Markdown: the ends of the curves, and the predictors with and without interventions."""
+    plain = [r for r in runs if "-" not in r["method"]]
+    return "\n\n".join([results(runs), predictors(plain, "quantizers"), predictors(runs, "with interventions")])
 
 
 def _text(value: float | None, digits: int) -> str:
@@ -54,7 +55,7 @@ def results(runs: list[Run]) -> str:
         "stem SNR dB",
         "stem DC ratio",
         "its maximum",
-        "stem β",
+        "stem β, × start",
     )
     head = f"| {' | '.join(titles)} |"
     lines = [head, "|" + "---|" * 8]
@@ -73,13 +74,18 @@ def results(runs: list[Run]) -> str:
             _each(same, lambda r: r["stem"]["snr_db"], 1),
             _each(same, lambda r: r["stem"]["dc_ratio"], 2),
             _each(same, lambda r: r["stem"]["dc_ratio_max"], 1),
-            _each(same, lambda r: max(r["bias_norm"]) / r["bias_norm"][0], 2),
+            _each(same, lambda r: r["bias_norm"][-1] / r["bias_norm"][0], 2),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def predictors(runs: list[Run]) -> str:
+def drift(run: Run) -> float:
+    """How far the norm of the stem's β went, up or down: the largest |ln(norm / norm at the start)|."""
+    return max(abs(math.log(norm / run["bias_norm"][0])) for norm in run["bias_norm"])
+
+
+def predictors(runs: list[Run], words: str) -> str:
     """Spearman's rank correlation of what was measured with what became of the run."""
     whole = [r for r in runs if r["method"] != "none" and r["loss"] is not None and r["stem"]["snr_db"] is not None]
     start = {(r["seed"], r["size"], r["steps"]): r for r in runs if r["method"] == "none"}
@@ -87,12 +93,12 @@ def predictors(runs: list[Run]) -> str:
     ends = {
         "loss − its seed's unquantized loss": [r["loss"] - s["loss"] for r, s in paired],
         "accuracy − its seed's unquantized accuracy": [r["accuracy"] - s["accuracy"] for r, s in paired],
-        "growth of the stem's β": [max(r["bias_norm"]) / r["bias_norm"][0] for r, _ in paired],
+        "drift of the stem's β": [drift(r) for r, _ in paired],
     }
-    lines = [f"| predictor, {len(paired)} runs | {' | '.join(ends)} |", "|" + "---|" * (len(ends) + 1)]
+    lines = [f"| {words}: {len(paired)} runs | {' | '.join(ends)} |", "|" + "---|" * (len(ends) + 1)]
     for title, key in (("DC ratio", "dc_ratio"), ("SNR", "snr_db")):
-        for span, words in (("", "median of the run"), ("_first", "median of its first quarter")):
+        for span, said in (("", "median of the run"), ("_first", "median of its first quarter")):
             values = [r["stem"][key + span] for r, _ in paired]
             cells = [_text(spearman(values, end), 2) for end in ends.values()]
-            lines.append(f"| {title}, {words} | {' | '.join(cells)} |")
+            lines.append(f"| {title}, {said} | {' | '.join(cells)} |")
     return "\n".join(lines)
