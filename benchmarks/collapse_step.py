@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from collapse import INTERVENTIONS, METHODS, Setting, network
 from collapse_quantizers import quantizer
+from collapse_report import spearman
 from machine import fingerprint
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,6 +80,20 @@ def main() -> None:
     for (bits, method), rows in found.items():
         cells = [f"{statistics.median(column):.3g}" for column in zip(*rows, strict=True)]
         print(f"| {bits} | {method} | {' | '.join(cells)} |")
+    for words, kept in (("quantizers", METHODS), ("with interventions", (*METHODS, *INTERVENTIONS))):
+        print(
+            f"\n{correlations([row for (_, method), rows in found.items() if method in kept for row in rows], words)}"
+        )
+
+
+def correlations(rows: list[list[float]], words: str) -> str:
+    """Rank correlation of the tensor's figures with the gradients' errors, over all bits, quantizers and batches."""
+    columns = list(zip(*rows, strict=True))
+    lines = [f"| {words}: {len(rows)} pairs | {' | '.join(COLUMNS[4:])} |", "|---|---|---|---|"]
+    for i, title in enumerate(COLUMNS[:4]):
+        cells = [f"{found:.2f}" for end in columns[4:] if (found := spearman(columns[i], end)) is not None]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
