@@ -150,6 +150,18 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--json": (False, False),
     },
     "demo": {"--output/-o": ("evenbits-demo", True), "--json": (False, False)},
+    "comms": {},
+    "comms plan": {
+        "--link": ("required", True),
+        "--shape": ("required", True),
+        "--codec": (None, True),
+        "--latency": ("0.0", True),
+        "--stages": (2, True),
+        "--microbatches": (8, True),
+        "--schedule": ("1f1b", True),
+        "--compute": ("0.0", True),
+        "--json": (False, False),
+    },
 }
 
 
@@ -166,13 +178,22 @@ def described(command: Any) -> dict[str, tuple[Any, bool]]:
     return found
 
 
+def commands() -> dict[str, Any]:
+    """Every command by its words: "quantize", "comms", "comms plan", …"""
+    found: dict[str, Any] = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        found[name] = command
+        found.update({f"{name} {inner}": it for inner, it in getattr(command, "commands", {}).items()})
+    return found
+
+
 def test_the_commands_are_these() -> None:
-    assert list(get_command(app).commands) == list(FROZEN)  # type: ignore[attr-defined]
+    assert list(commands()) == list(FROZEN)
 
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_the_options_and_defaults_are_these(name: str) -> None:
-    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    command = commands()[name]
     assert described(command) == FROZEN[name]
     assert command.get_short_help_str()
     assert all(getattr(p, "help", "") for p in command.params if p.name != "help")
@@ -191,7 +212,9 @@ def run(code: str) -> tuple[str, float]:
     return done.stdout, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in FROZEN)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([*name.split(), "--help"] for name in FROZEN)], ids=" ".join
+)
 def test_help_is_quick_and_light(arguments: list[str]) -> None:
     """Under 0.8 s of processor time, best of three, and without torch or transformers."""
     code = (

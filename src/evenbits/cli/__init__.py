@@ -12,6 +12,7 @@ import typer
 from evenbits import __version__
 from evenbits.cli.advise import advise
 from evenbits.cli.bench import bench
+from evenbits.cli.comms import comms
 from evenbits.cli.demo import demo
 from evenbits.cli.diagnose import diagnose
 from evenbits.cli.evaluate import evaluate
@@ -42,6 +43,7 @@ app.command()(table)
 app.command()(sweep)
 app.command()(diagnose)
 app.command()(demo)
+app.add_typer(comms, name="comms")
 
 
 def _version(wanted: bool) -> None:

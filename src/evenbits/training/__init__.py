@@ -1,0 +1,1 @@
+"""Training with coded traffic: recipes, pipelines, replicas, and one-machine studies with the same numbers."""

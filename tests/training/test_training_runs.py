@@ -1,0 +1,250 @@
+"""Whole runs on made-up pictures: alone, as a pipeline, as replicas; interrupted, continued, diverged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evenbits.training import __main__ as command
+from evenbits.training import state
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 training pictures and 8 test pictures, CIFAR-10's binary version."""
+    made = tmp_path_factory.mktemp("data")
+    (made / "cifar10").mkdir()
+    torch.manual_seed(0)
+    for name, count in [("test_batch", 8), ("data_batch_1", 20), *((f"data_batch_{i}", 1) for i in range(2, 6))]:
+        table = torch.randint(256, (count, 3073), dtype=torch.uint8)
+        table[:, 0] %= 10
+        (made / "cifar10" / f"{name}.bin").write_bytes(bytes(table.flatten().tolist()))
+    return made
+
+
+def words(folder: Path, out: Path, *more: str, steps: int = STEPS) -> list[str]:
+    base = f"--recipe cifar10_mobilenetv2 --data {folder} --out {out} --size 32 --batch 8 --microbatches 2"
+    codecs = f"--forward int4:g128 --backward top0.5+int8:g128 --steps {steps} --telemetry-every 2"
+    return [*base.split(), *codecs.split(), "--weights", "", *more]
+
+
+def log(out: Path, rank: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / f"log-rank{rank}.jsonl").read_text().splitlines()]
+
+
+def untimed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: untimed(v) for k, v in value.items() if "seconds" not in k}
+    return [untimed(v) for v in value] if isinstance(value, list) else value
+
+
+def final(out: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    newest = state.newest(out)
+    assert newest is not None
+    tensors: dict[str, torch.Tensor] = {}
+    state.pack(state.read(newest / f"rank{rank}.safetensors"), tensors)
+    return tensors
+
+
+def same(a: Path, b: Path, rank: int = 0, *, padding: int = 0) -> None:
+    """padding: bytes that may differ per step."""
+    mine, theirs = final(a, rank), final(b, rank)
+    assert list(mine) == list(theirs) and len(mine) > 10
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    lines = list(zip(untimed(log(a, rank)), untimed(log(b, rank)), strict=True))
+    assert all(abs(x.pop("bytes") - y.pop("bytes")) <= padding * len(lines) for x, y in lines)
+    assert all(x == y for x, y in lines)
+
+
+def ranks(arguments: list[str], world: int = 2) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    start = [sys.executable, "-m", "evenbits.training", *arguments]
+    return [
+        subprocess.Popen(
+            start, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(world)
+    ]
+
+
+def ended(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
+    """Standard output of every rank."""
+    try:
+        found = [p.communicate(timeout=120) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert [p.returncode for p in processes] == [code] * len(processes), [err[-3000:] for _, err in found]
+    return [out for out, _ in found]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert command.main(words(folder, out)) == 0
+    return out
+
+
+def test_the_log_says_loss_bytes_and_what_the_codecs_did(alone: Path) -> None:
+    lines = log(alone)
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    measured = [line for line in lines if line["codecs"]]
+    assert [line["step"] for line in measured] == [0, 2, 4]
+    for line in measured:
+        lanes = {f["direction"]: f for f in line["codecs"]}
+        assert set(lanes) == {"forward", "backward"}
+        assert lanes["forward"]["snr_db"] > 10 and lanes["forward"]["dc_ratio"] >= 0
+        assert sum(f["bytes"] for f in line["codecs"]) == line["bytes"] - (
+            lines[line["step"] - 1]["bytes"] if line["step"] else 0
+        )
+
+
+def test_a_pipeline_goes_through_the_same_numbers(folder: Path, alone: Path, tmp_path: Path) -> None:
+    """Under torchrun; the model's parts are on two ranks, losses and bytes together are those of one process."""
+    out = tmp_path / "run"
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "evenbits.training"]
+    done = subprocess.run([*start, *words(folder, out)], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    mine, theirs = [log(out, rank) for rank in (0, 1)], log(alone)
+    assert [line["loss"] for line in mine[1]] == [line["loss"] for line in theirs]
+    assert [a["bytes"] + b["bytes"] for a, b in zip(*mine, strict=True)] == [line["bytes"] for line in theirs]
+    assert all(line["loss"] is None for line in mine[0])
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["loss"] == theirs[-1]["loss"] and 0 <= result["accuracy"] <= 1
+
+
+def test_a_run_that_is_continued_equals_one_that_was_not_interrupted(folder: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    original = command.Run._step
+
+    def killed(self: Any) -> Any:
+        if self.done == 4:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.Run, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(words(folder, out, "--checkpoint-every", "3"))
+    assert len(log(out)) == 4  # One line lies after the checkpoint, and is written again.
+    assert command.main(words(folder, out)) == 1
+    assert command.main(words(folder, out, "--resume", "--seed", "3")) == 1
+    assert command.main(words(folder, out, "--resume")) == 0
+    same(out, alone)
+
+
+def test_sigterm_leaves_a_pipeline_that_continues_bit_by_bit(folder: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    arguments = words(folder, out, "--checkpoint-every", "0", steps=12)
+    processes = ranks(arguments)
+    deadline = time.monotonic() + 60
+    while not (out / "log-rank1.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes[0].send_signal(signal.SIGTERM)
+    ended(processes, 128 + signal.SIGTERM)
+    newest = state.newest(out)
+    assert newest is not None and 0 < int(newest.name.removeprefix("step-")) < 12
+    ended(ranks([*arguments, "--resume"]))
+    ended(ranks(words(folder, whole, "--checkpoint-every", "0", steps=12)))
+    for rank in (0, 1):
+        same(out, whole, rank)
+
+
+def test_replicas_with_error_feedback_continue_bit_by_bit(folder: Path, tmp_path: Path) -> None:
+    more = ["--data-parallel", "int4:g128+ef", "--checkpoint-every", "2", "--microbatches", "1"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    ended(ranks(words(folder, whole, *more, steps=4)))
+    first, second = state.folder_of(whole, 2), out / "checkpoints" / "step-00000002"
+    second.mkdir(parents=True)
+    for file in (*first.iterdir(), whole / "run.json"):
+        target = out if file.name == "run.json" else second
+        (target / file.name).write_bytes(file.read_bytes())
+    for rank in (0, 1):
+        (out / f"log-rank{rank}.jsonl").write_bytes((whole / f"log-rank{rank}.jsonl").read_bytes())
+    ended(ranks(words(folder, out, *more, "--resume", steps=4)))
+    for rank in (0, 1):
+        same(out, whole, rank, padding=16)  # DDP begins with other buckets, and each is filled up to eight bytes.
+    kept = state.read(state.folder_of(whole, 4) / "rank0.safetensors")["engine"]["codecs"]["hook"]["errors"]
+    assert kept and any(float(error.abs().max()) > 0 for error in kept.values())
+    models = [state.read(state.folder_of(whole, 4) / f"rank{r}.safetensors")["engine"]["model"] for r in (0, 1)]
+    assert all(torch.equal(models[0][k], models[1][k]) for k in models[0] if "running" not in k and "num_b" not in k)
+
+
+def test_a_loss_that_is_not_finite_is_a_clear_error(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = words(folder, tmp_path / "run", "--rate", "1e30", "--forward", "raw", "--backward", "raw")
+    assert command.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "is NaN or infinite" in said and "lower rate" in said
+
+
+def test_a_pipeline_that_diverges_ends_on_all_ranks(folder: Path, tmp_path: Path) -> None:
+    processes = ranks(words(folder, tmp_path / "run", "--rate", "1e30"))
+    found = [p.communicate(timeout=120)[1] for p in processes]
+    assert [p.returncode for p in processes] == [1, 1], found
+    assert all("NaN or infinite" in text and "Traceback" not in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--cuts", "blok6"], "Did you mean 'block6'"),
+        (["--data-parallel", "int8:g128"], "torchrun"),
+        (["--recipe", "cifar"], "unknown recipe"),
+        (["--batch", "32"], "do not fill a batch"),
+    ],
+)
+def test_wrong_options_say_what_is_allowed(
+    folder: Path, tmp_path: Path, capsys: Any, more: list[str], says: str
+) -> None:
+    assert command.main(words(folder, tmp_path / "run", *more)) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_pipeline_of_another_length_than_the_cuts_is_refused(folder: Path, tmp_path: Path) -> None:
+    processes = ranks(words(folder, tmp_path / "run", "--cuts", "stem,features"))
+    found = [p.communicate(timeout=120)[1] for p in processes]
+    assert all(p.returncode == 1 for p in processes) and all("make 3 stages" in text for text in found)
+
+
+@pytest.mark.data
+def test_the_recipes_start_on_the_real_data(test_data: Path, tmp_path: Path, capsys: Any) -> None:
+    base = [
+        "--data",
+        str(test_data),
+        "--batch",
+        "8",
+        "--microbatches",
+        "1",
+        "--steps",
+        "2",
+        "--train",
+        "32",
+        "--test",
+        "8",
+    ]
+    assert command.main(["--recipe", "cifar10_mobilenetv2", "--size", "32", *base]) == 0
+    for task in ("cola", "rte"):
+        assert command.main(["--recipe", "text_classification", "--task", task, "--size", "24", *base]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [sorted(set(line) - {"rank", "loss", "steps", "bytes"}) for line in lines] == [
+        ["accuracy"],
+        ["Matthews correlation"],
+        ["accuracy"],
+    ]
