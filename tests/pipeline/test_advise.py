@@ -389,3 +389,26 @@ def test_a_real_transformer_is_advised_and_quantized(test_data: Path) -> None:
     result = evenbits.quantize(source.model, scheme=advice.scheme(), data=blocks)
     assert result.method == "by_format" and len(result.quantized) == 35
     assert 32 * result.weight_bytes / result.float_weight_bytes <= 4.25 + TOLERANCE
+
+
+CONVOLUTIONS = {
+    "conv1d": lambda: nn.Sequential(nn.Conv1d(8, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 12, 32)),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose1d(8, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 12, 32)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_every_kind_are_measured_as_deployed(name: str) -> None:
+    torch.manual_seed(0)
+    model, data = CONVOLUTIONS[name]().eval(), [torch.randn(4, 8, 12) * torch.logspace(-2, 1, 8)[:, None]]
+    assert_as_quantized(model, data)
+
+
+def assert_as_quantized(model: nn.Module, data: list[torch.Tensor]) -> None:
+    """What the advisor says of every layer is what `quantize` measures of the layer it makes."""
+    advice = advise(model, bits=9, activations="int8:row", candidates=["int4:row"], data=data)
+    found = evenbits.quantize(model, scheme=advice.scheme(), method=advice.method, data=data)
+    rows = {row.name: row.output_sqnr_db for row in found.layers if row.status == "quantized"}
+    assert rows and rows == pytest.approx(
+        {layer.name: layer.chosen.output_sqnr_db for layer in advice.advised}, abs=0.01
+    )
