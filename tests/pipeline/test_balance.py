@@ -202,3 +202,12 @@ def test_a_layer_that_nothing_reached_has_no_alpha_of_its_own() -> None:
         )
         assert beside.layers == ("q", "k") and alone.layers == ("q",)
         assert alone.alpha == beside.alpha != 0.5
+
+
+def test_a_block_that_is_a_layer_is_measured_by_the_layer_that_replaces_it() -> None:
+    generator = torch.Generator().manual_seed(4)
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    data = [torch.randn(32, D, generator=generator) * torch.logspace(-2, 2, D)]
+    for row in balanced(model, data, alpha="auto", scope="block").rows:
+        losses = [loss for _, loss in row.curve]
+        assert min(losses) > 0 and len(set(losses)) > 1

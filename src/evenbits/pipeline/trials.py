@@ -101,7 +101,8 @@ class Trials:
                 energy += sum(_energy(y) for y in reference)
                 for index, layers in enumerate(trials):
                     with replaced(self.model, layers):
-                        changed = float_outputs(module(*args, **kwargs))
+                        now = self.model.get_submodule(block)  # another one, if the block is the layer itself
+                        changed = float_outputs(now(*args, **kwargs))
                     errors[index] += sum(_energy(a - b) for a, b in zip(changed, reference, strict=True))
             finally:
                 inside[0] = False
