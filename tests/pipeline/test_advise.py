@@ -335,7 +335,7 @@ def test_what_is_no_float_model_is_refused() -> None:
     broken.far.weight.data[0, 0] = math.inf
     with pytest.raises(EvenbitsError, match=r"parameter far\.weight holds NaN or infinite"):
         advise(broken, data=batches())
-    with pytest.raises(EvenbitsError, match="It has no Linear"):
+    with pytest.raises(EvenbitsError, match="It has no linear layer"):
         advise(nn.Sequential(nn.LayerNorm(D)), data=batches())
 
 
@@ -389,3 +389,53 @@ def test_a_real_transformer_is_advised_and_quantized(test_data: Path) -> None:
     result = evenbits.quantize(source.model, scheme=advice.scheme(), data=blocks)
     assert result.method == "by_format" and len(result.quantized) == 35
     assert 32 * result.weight_bytes / result.float_weight_bytes <= 4.25 + TOLERANCE
+
+
+CONVOLUTIONS = {
+    "conv1d": lambda: nn.Sequential(nn.Conv1d(8, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 12, 32)),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose1d(8, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 12, 32)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_every_kind_are_measured_as_deployed(name: str) -> None:
+    torch.manual_seed(0)
+    model, data = CONVOLUTIONS[name]().eval(), [torch.randn(4, 8, 12) * torch.logspace(-2, 1, 8)[:, None]]
+    assert_as_quantized(model, data)
+
+
+class Normed(nn.Module):
+    """A convolution with BatchNorm behind it, and attention: what `quantize` prepares before it plans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(8, 32, 3, padding=1), nn.BatchNorm1d(32)
+        self.attn = nn.MultiheadAttention(32, 2, batch_first=True)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.logspace(-2, 1, 32))
+            self.norm.running_mean.normal_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.conv(x)).transpose(1, 2)
+        return self.attn(y, y, y, need_weights=False)[0]
+
+
+def test_norms_and_fused_modules_are_prepared_as_quantize_does_and_come_back() -> None:
+    torch.manual_seed(0)
+    model, data = Normed().eval(), [torch.randn(4, 8, 12)]
+    before, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
+    advise(model, bits=9, candidates=["int4:row"], data=data)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert_as_quantized(model, data)
+    assert type(model.norm).__name__ == "FoldedNorm" and model.attn.q_proj.weight.dtype == torch.uint8
+
+
+def assert_as_quantized(model: nn.Module, data: list[torch.Tensor]) -> None:
+    """What the advisor says of every layer is what `quantize` measures of the layer it makes."""
+    advice = advise(model, bits=9, activations="int8:row", candidates=["int4:row"], data=data)
+    found = evenbits.quantize(model, scheme=advice.scheme(), method=advice.method, data=data)
+    rows = {row.name: row.output_sqnr_db for row in found.layers if row.status == "quantized"}
+    assert rows and rows == pytest.approx(
+        {layer.name: layer.chosen.output_sqnr_db for layer in advice.advised}, abs=0.01
+    )

@@ -173,3 +173,41 @@ def test_convolutions_share_one_s_with_the_layer_that_reads_their_mean() -> None
     for name in ("b", "gate"):
         assert torch.allclose(found.scales[name].double(), expected, rtol=1e-5)
     assert found.rows[1].reason == "into the rows of a"
+
+
+class Idle(nn.Module):
+    """q reads the norm; so does k, if it is there, but nothing reaches it. k's columns are as large as q's."""
+
+    def __init__(self, idle: bool) -> None:
+        super().__init__()
+        self.norm, self.q = nn.LayerNorm(D), nn.Linear(D, D)
+        self.k = nn.Linear(D, D) if idle else None
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.logspace(-1, 1, D))
+            self.q.weight.copy_(torch.randn(D, D, generator=torch.Generator().manual_seed(2)))
+            if self.k is not None:
+                self.k.weight.copy_(self.q.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        y = self.q(h)
+        return y if self.k is None else y + self.k(h[:0]).sum()
+
+
+def test_a_layer_that_nothing_reached_has_no_alpha_of_its_own() -> None:
+    data = [torch.randn(32, D, generator=torch.Generator().manual_seed(3))]
+    for criterion in ("min", "max", "mean"):
+        alone, beside = (
+            balanced(Idle(idle), data, alpha="auto", criterion=criterion).rows[0] for idle in (False, True)
+        )
+        assert beside.layers == ("q", "k") and alone.layers == ("q",)
+        assert alone.alpha == beside.alpha != 0.5
+
+
+def test_a_block_that_is_a_layer_is_measured_by_the_layer_that_replaces_it() -> None:
+    generator = torch.Generator().manual_seed(4)
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+    data = [torch.randn(32, D, generator=generator) * torch.logspace(-2, 2, D)]
+    for row in balanced(model, data, alpha="auto", scope="block").rows:
+        losses = [loss for _, loss in row.curve]
+        assert min(losses) > 0 and len(set(losses)) > 1

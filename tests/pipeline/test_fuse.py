@@ -339,3 +339,14 @@ def test_new_batches_and_the_layers_that_do_the_work() -> None:
         reference, found = model(fresh), result.model(fresh)
     assert found.shape == reference.shape
     assert (reference - found).square().mean().sqrt() < 0.02 * reference.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("other", [lambda net, x: net.pool(x), lambda net, x: net.drop(x), lambda net, x: x.clone()])
+def test_floats_that_a_convolution_reads_stay_floats_for_others(other: Callable[..., torch.Tensor]) -> None:
+    def how(net: Net, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([net.b(F.relu(net.a(x))).flatten(1), other(net, x).flatten(1)], dim=1)
+
+    model = quantized(how)
+    made, x = fuse(model, [picture()]).model(picture()), picture()
+    beside = other(model, x).flatten(1)
+    assert torch.equal(made[:, -beside.shape[1] :], beside)

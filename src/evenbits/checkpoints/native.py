@@ -182,9 +182,7 @@ def _check_place(name: str, layer: QuantizedLayer, present: nn.Module) -> None:
 
 def _check_scales(state: State) -> None:
     for name, tensor in state.tensors.items():
-        if name.endswith(("weight_scale", "weight_global_scale", "input_scale", "input_multiplier")) and not bool(
-            tensor.float().isfinite().all()
-        ):
+        if name.endswith(_SCALES) and not bool(tensor.float().isfinite().all()):
             raise CheckpointError(f"tensor {name!r} of the checkpoint holds scales that are not finite.")
 
 

@@ -63,10 +63,11 @@ def quantize(
     if as_json:
         emit(run.to_json())
     else:
-        _show(run)
+        _show(run, model)
 
 
-def _show(run: Run) -> None:
+def _show(run: Run, model: str) -> None:
+    from evenbits.checkpoints.sources import is_python
     from evenbits.reporting.tables import show, size, table
 
     result = run.result
@@ -89,9 +90,8 @@ def _show(run: Run) -> None:
             + ", ".join(f"{row.name} ({row.output_sqnr_db:.1f} dB)" for row in worst)
             + ". To keep one in float: --ignore NAME."
         )
-    told = [note for note in result.notes if "probe:" in note or note.startswith("warning:")]
-    if told:
-        show(*told, "")
+    if result.notes:
+        show(*result.notes, "")
     ratio = result.weight_bytes / result.float_weight_bytes
     show(
         f"Quantized weights: {size(result.float_weight_bytes)} in float32 → {size(result.weight_bytes)} in memory "
@@ -101,9 +101,10 @@ def _show(run: Run) -> None:
         f"Written to {run.path}, read back, equal bit for bit ({run.compared}).",
         "",
         f"Next: evenbits inspect {run.path}",
-        f"      evenbits evaluate {run.path} --task … --data FILE",
-        f"      python -c \"import evenbits; model = evenbits.load('{run.path}')\"",
+        f"      evenbits evaluate {run.path} --task … --data FILE{f' --model {model}' if is_python(model) else ''}",
     )
+    given = ", the_float_model" if is_python(model) else ""
+    show(f"      python -c \"import evenbits; model = evenbits.load('{run.path}'{given})\"")
 
 
 def _output_sqnr(row: Any) -> float:

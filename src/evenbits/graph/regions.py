@@ -193,10 +193,10 @@ def _multiplied(trace: Trace, group: tuple[str, ...], widths: Mapping[str, int],
     return Region(group, width, index, trace.flow.layers, reason=reason)
 
 
-def same_tensor_regions(trace: Trace, widths: Mapping[str, int], reason: str) -> list[Region]:
-    """One region for each tensor that layers of `widths` read, none of them to be folded."""
+def same_tensor_regions(trace: Trace, widths: Mapping[str, int]) -> list[Region]:
+    """One region for each tensor that layers of `widths` read, without anything to fold into."""
     groups = _same_tensor(trace, {name: trace.calls[name] for name in trace.calls if name in widths})
-    return [_multiplied(trace, group, widths, reason) for group in groups]
+    return [_multiplied(trace, group, widths, "") for group in groups]
 
 
 def foreign_reader(trace: Trace, value: int, layers: set[str], reading: int | None = None) -> str | None:

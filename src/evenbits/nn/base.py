@@ -40,7 +40,7 @@ _SCALE_BUFFERS = ("weight_scale", "weight_global_scale", "input_scale", "input_m
 
 
 class QuantizedLayer(nn.Module):
-    """Base of QLinear and QConv2d: buffers, formats, byte counts. `weight_shape` is the float weight's."""
+    """Base of QLinear and QConv: buffers, formats, byte counts. `weight_shape` is the float weight's."""
 
     weight: torch.Tensor
     weight_scale: torch.Tensor

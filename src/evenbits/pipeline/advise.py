@@ -3,6 +3,7 @@
 No 4-bit format is best everywhere: pairs reach outliers and lose on weights without any, where NF4's crowded centre or
 a plain integer grid is better (docs/formats.md). So each layer is asked.
 
+    prepare  fused modules taken apart, norms folded, as `quantize` does it           (unfuse.py, norms.py)
     fit      the granularity of every candidate that comes nearest to the budget      (candidates.py)
     watch    channel statistics of every layer's input over all batches               (watch.py)
     encode   every layer in every candidate, by the method of the format              (measure.py)
@@ -13,8 +14,8 @@ a plain integer grid is better (docs/formats.md). So each layer is asked.
 Memory: beside the model, the packed codes of all candidates (about half a byte per weight and candidate), and one
 decoded weight at a time. Activations are never kept; the batches themselves are, if `data` can be walked only once.
 
-The model is not changed. Layers are judged one by one, each on inputs of the float model: how their errors add up in
-the network is not measured here.
+The model is left as it was, bit for bit. Layers are judged one by one, each on inputs of the float model: how their
+errors add up in the network is not measured here.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.candidates import candidates_for, fit
 from evenbits.pipeline.measure import Probe, encode_layer, measure
 from evenbits.pipeline.methods import Methods
+from evenbits.pipeline.norms import folded_norms
 from evenbits.pipeline.plan import LayerPlan, plan_layers
 from evenbits.pipeline.prepare import refuse_quantized
 from evenbits.pipeline.solve import single_stats
+from evenbits.pipeline.unfuse import unfused
 from evenbits.pipeline.verdict import choose, gap_db, why
 from evenbits.pipeline.watch import Watched, watch
 from evenbits.schemes.scheme import Scheme
@@ -82,9 +85,14 @@ def advise(
     scheme = Scheme(Format.parse("int4:row"), activation, dynamic, ignored)  # the weights' format decides nothing here
     check_formats(scheme.weights, activation)
     data = list(data) if isinstance(data, Iterator) else data
-    with evaluation_mode(model):
-        batches = Batches(model, data, progress=progress)
-        plans, watched = watch(model, plan_layers(model, scheme), batches, scheme, Methods.parse("by_format", {}))
+    batches = Batches(model, data, progress=progress)
+    with (
+        unfused(model, scheme, batches, keep=False) as parts,
+        evaluation_mode(model),
+        folded_norms(model, scheme, batches, keep=False),
+    ):
+        plans = parts.explained(plan_layers(model, scheme))
+        plans, watched = watch(model, plans, batches, scheme, Methods.parse("by_format", {}))
         assert watched is not None
         probes = _probes(model, plans, watched, scheme, names, bits, progress)
         measure(model, probes, Batches(model, data, progress=progress))
@@ -177,5 +185,5 @@ def _check_any(layers: tuple[LayerAdvice, ...], bits: float) -> None:
     if any(layer.chosen is not None for layer in layers):
         return
     listed = "; ".join(f"{layer.name or 'the model'}: {layer.reason}" for layer in layers[:5])
-    listed = f"{listed}{'; …' if len(layers) > 5 else '.'}" if layers else "It has no Linear, Conv2d or Conv1D."
+    listed = f"{listed}{'; …' if len(layers) > 5 else '.'}" if layers else "It has no linear layer or convolution."
     raise EvenbitsError(f"no layer would get a format at {bits:g} true bits. {listed}")

@@ -67,7 +67,7 @@ def _regions(
 ) -> list[Region]:
     if permutes:
         widths = {name: width for name, width in widths.items() if layouts[name].spatial == 0}
-        regions = same_tensor_regions(watched.trace, widths, "")
+        regions = same_tensor_regions(watched.trace, widths)
     else:
         regions = find_regions(watched.trace, widths)
     found = {name for region in regions for name in region.layers}

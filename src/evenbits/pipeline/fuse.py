@@ -170,7 +170,10 @@ def _spanning(low: float, high: float) -> Grid:
 
 
 class _Builder:
-    """Writes the new graph: every value is a float node, a byte node on a grid, or both."""
+    """Writes the new graph: every value is a float node, a byte node on a grid, or both.
+
+    rounded: values whose bytes were made from floats, for convolutions; whoever reads floats gets those, as before.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, groups: list[Group], grids: dict[fx.Node, Grid]) -> None:
         self.model, self.graph = model, graph
@@ -180,6 +183,7 @@ class _Builder:
         self.new = fx.Graph()
         self.floats: dict[fx.Node, fx.Node] = {}
         self.bytes: dict[fx.Node, tuple[fx.Node, Grid]] = {}
+        self.rounded: set[fx.Node] = set()
         self.made: dict[str, nn.Module] = {}
 
     def build(self) -> fx.GraphModule:
@@ -221,13 +225,15 @@ class _Builder:
 
     def _plain(self, node: fx.Node) -> None:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if source in self.bytes and passes(self.model, node):
-            self.bytes[node] = self.bytes[source]
-            return
-        if source in self.bytes and is_max_pool(self.model, node):
+        if source is not None and source in self.bytes and source not in self.rounded:
             code, grid = self.bytes[source]
-            self.bytes[node] = (self.new.call_function(max_pool_u8, (code, *pool_arguments(self.model, node))), grid)
-            return
+            if passes(self.model, node):
+                self.bytes[node] = code, grid
+                return
+            if is_max_pool(self.model, node):
+                pooled = self.new.call_function(max_pool_u8, (code, *pool_arguments(self.model, node)))
+                self.bytes[node] = pooled, grid
+                return
         self.floats[node] = self.new.node_copy(node, self._as_float)
 
     def _as_float(self, node: fx.Node) -> fx.Node:
@@ -243,6 +249,7 @@ class _Builder:
         made = self.new.call_function(to_bytes, (self._as_float(node), grid.scale, grid.zero))
         if known is None:
             self.bytes[node] = (made, grid)
+            self.rounded.add(node)
         return made
 
 

@@ -73,7 +73,8 @@ class Probe:
             self._add(name, encoded.product(rounded), y)
 
     def _rounded(self, x: torch.Tensor, by: ActivationQuantizer) -> torch.Tensor:
-        rows = x.flatten(-3) if self.plan.kind == "Conv2d" else x  # each image one row, as the layer has it
+        spatial = self.plan.channels.spatial
+        rows = x.flatten(-1 - spatial) if spatial else x  # each image one row, as the layer has it
         scale, zero_point = (None if t is None else t.to(x.device) for t in (by.scale, by.zero_point))
         return fake_quantize(rows, by.format, scale=scale, zero_point=zero_point).view(x.shape)
 

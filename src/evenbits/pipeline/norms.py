@@ -31,10 +31,14 @@ def folded_norms(
     """Inside the block norms of `model` are folded where that is proved; with `keep` afterwards, too. Yields what to
     know about it.
 
-    The model must be in evaluation mode. Without batches nothing is folded. On an error all is taken back.
+    The model must be in evaluation mode. Without batches nothing is folded, which a note says. On an error all is taken
+    back.
     """
-    if batches is None or not any(type(module) in BATCH_NORMS for module in model.modules()):
+    if not any(type(module) in BATCH_NORMS for module in model.modules()):
         yield ()
+        return
+    if batches is None:
+        yield ("BatchNorm was not folded: which layer it follows is seen on data, and there is none",)
         return
     layouts = {p.name: p.layout for p in plan_layers(model, scheme) if p.layout is not None and not p.reason}
     run = batches.runs()[0]

@@ -114,7 +114,7 @@ def _balanced_weight(
     if factor_O is not None:
         factor_O = factor_O.to(weight.device)
         weight = weight * plan.channels.mount_outputs(factor_O.float(), weight.ndim)
-        bias = None if bias is None else bias.detach() * factor_O.to(bias.dtype)
+        bias = None if bias is None else (bias.detach().double() * factor_O).to(bias.dtype)  # rounded once
     return plan.channels.matrix(weight), bias
 
 

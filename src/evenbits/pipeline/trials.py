@@ -67,7 +67,7 @@ class Trials:
         return built
 
     def by_layer(self, regions: Sequence[Region], candidates: Candidates, walk: Walk) -> dict[str, list[list[float]]]:
-        """Region → for each candidate the relative squared output error of each layer."""
+        """Region → for each candidate the relative squared output error of each layer that ran."""
         losses: dict[str, list[list[float]]] = {}
         for part in self._parts(regions, candidates):
             built = {region.name: [self.build(region, c) for c in candidates[region.name]] for region in part}
@@ -76,10 +76,10 @@ class Trials:
             }
             errors, energy = self._errors(columns, walk)
             for region in part:
-                rows = [
-                    [_relative(errors[n][i], energy[n]) for n in region.layers] for i in range(len(built[region.name]))
-                ]
-                losses[region.name] = rows
+                # A layer that nothing reached has no loss, and no α of its own that min, max or mean could count.
+                ran = [n for n in region.layers if energy[n] or any(errors[n])] or region.layers
+                count = len(built[region.name])
+                losses[region.name] = [[_relative(errors[n][i], energy[n]) for n in ran] for i in range(count)]
         return losses
 
     def by_block(self, block: str, regions: Sequence[Region], candidates: Candidates, walk: Walk) -> list[float]:
@@ -101,7 +101,8 @@ class Trials:
                 energy += sum(_energy(y) for y in reference)
                 for index, layers in enumerate(trials):
                     with replaced(self.model, layers):
-                        changed = float_outputs(module(*args, **kwargs))
+                        now = self.model.get_submodule(block)  # another one, if the block is the layer itself
+                        changed = float_outputs(now(*args, **kwargs))
                     errors[index] += sum(_energy(a - b) for a, b in zip(changed, reference, strict=True))
             finally:
                 inside[0] = False

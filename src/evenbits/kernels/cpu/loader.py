@@ -4,7 +4,8 @@ The library is plain C behind ctypes. torch is imported first (this module needs
 when the library looks for it. A library that does not load leaves torch's own operations, and `status` says why; one
 that was built from other sources than those beside it is an error: silently running old code is worse than stopping.
 
-EVENBITS_CPU_VARIANT, or `use_variant`, forces a variant: avx512vnni, avxvnni, avx2, neon or portable.
+EVENBITS_CPU_LIBRARY names another library than the one beside this file. EVENBITS_CPU_VARIANT, or `use_variant`,
+forces a variant: amx, avx512vnni, avxvnni, avx2, neon or portable.
 """
 
 from __future__ import annotations
