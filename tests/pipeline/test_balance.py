@@ -211,3 +211,12 @@ def test_a_block_that_is_a_layer_is_measured_by_the_layer_that_replaces_it() -> 
     for row in balanced(model, data, alpha="auto", scope="block").rows:
         losses = [loss for _, loss in row.curve]
         assert min(losses) > 0 and len(set(losses)) > 1
+
+
+def test_an_order_of_channels_is_for_linear_layers_and_every_convolution_has_a_line() -> None:
+    model = nn.Sequential(nn.Conv2d(3, D, 3), nn.Flatten(), nn.Linear(D * 4, D))
+    methods = Methods.parse("repair+olive", {})
+    plans, seen = watched(model, [torch.randn(2, 3, 4, 4)], methods)
+    rows = {row.name: row for row in balance(model, plans, seen, resolve("W8A8"), methods).rows}
+    assert rows.keys() == {"0", "2"}
+    assert (rows["0"].status, rows["0"].reason) == ("skipped", "an order of channels is for linear layers only")

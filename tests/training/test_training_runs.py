@@ -115,6 +115,7 @@ def test_the_log_says_loss_bytes_and_what_the_codecs_did(alone: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_pipeline_goes_through_the_same_numbers(folder: Path, alone: Path, tmp_path: Path) -> None:
     """Under torchrun; the model's parts are on two ranks, losses and bytes together are those of one process."""
     out = tmp_path / "run"
@@ -150,6 +151,7 @@ def test_a_run_that_is_continued_equals_one_that_was_not_interrupted(folder: Pat
     same(out, alone)
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_pipeline_that_continues_bit_by_bit(folder: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
     arguments = words(folder, out, "--checkpoint-every", "0", steps=12)
@@ -167,6 +169,7 @@ def test_sigterm_leaves_a_pipeline_that_continues_bit_by_bit(folder: Path, tmp_p
         same(out, whole, rank)
 
 
+@pytest.mark.slow
 def test_replicas_with_error_feedback_continue_bit_by_bit(folder: Path, tmp_path: Path) -> None:
     more = ["--data-parallel", "int4:g128+ef", "--checkpoint-every", "2", "--microbatches", "1"]
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -194,6 +197,7 @@ def test_a_loss_that_is_not_finite_is_a_clear_error(folder: Path, tmp_path: Path
     assert "is NaN or infinite" in said and "lower rate" in said
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_diverges_ends_on_all_ranks(folder: Path, tmp_path: Path) -> None:
     processes = ranks(words(folder, tmp_path / "run", "--rate", "1e30"))
     found = [p.communicate(timeout=120)[1] for p in processes]

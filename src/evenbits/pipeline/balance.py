@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -44,19 +44,21 @@ def balance(
         return Balanced(layouts=layouts)
     # A layer may have run on no rows (an expert nothing was routed to): it reads what the others read, and is scaled.
     ran = {name for name in layouts if watched.ranges[name].seen} | watched.trace.flow.inputs.keys()
-    widths = {plan.name: layouts[plan.name].in_channels for plan in plans if plan.name in ran}
-    regions = _regions(watched, widths, layouts, permutes=methods.balance.permutes)
+    permutes = methods.balance.permutes
+    reasons = {plan.name: _why_left_out(plan, ran, permutes=permutes) for plan in plans}
+    widths = {name: layouts[name].in_channels for name, reason in reasons.items() if not reason}
+    regions = _regions(watched, widths, layouts, permutes=permutes)
     asked = {region.name: decide(model, region, watched, methods) for region in regions}
     decided = {name: found for name, found in asked.items() if isinstance(found, Rebalance)}
     searches = {name: found for name, found in asked.items() if not isinstance(found, Rebalance)}
     if searches:
         trials = Trials(model, {plan.name: plan for plan in plans}, scheme, methods, watched)
         decided |= tune(trials, [region for region in regions if region.name in searches], searches, progress=progress)
-    unsmoothed = _unsmoothed([plan for plan in plans if plan.name not in widths])
+    unsmoothed = tuple(RegionRow(name, (name,), "skipped", reason, None) for name, reason in reasons.items() if reason)
     if not regions:
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in unsmoothed[:5])
-        raise EvenbitsError(f"smoothing was asked for and no region was smoothed. {reasons}")
-    arrange = _permuted if methods.balance.permutes else _scaled
+        listed = "; ".join(f"{row.name}: {row.reason}" for row in unsmoothed[:5])
+        raise EvenbitsError(f"smoothing was asked for and no region was smoothed. {listed}")
+    arrange = _permuted if permutes else _scaled
     found = arrange(model, regions, decided, watched, widths)
     notes = () if not searches or watched.source.repeatable else (_FIRST_ONLY.format(len(watched.source.kept)),)
     return replace(found, layouts=layouts, rows=(*found.rows, *unsmoothed), notes=notes)
@@ -66,7 +68,6 @@ def _regions(
     watched: Watched, widths: dict[str, int], layouts: Mapping[str, Layout], *, permutes: bool
 ) -> list[Region]:
     if permutes:
-        widths = {name: width for name, width in widths.items() if layouts[name].spatial == 0}
         regions = same_tensor_regions(watched.trace, widths)
     else:
         regions = find_regions(watched.trace, widths)
@@ -157,8 +158,7 @@ def _permuted(
             continue
         perms |= dict.fromkeys(region.layers, perm_I)
         values = {watched.trace.root(value) for name in region.layers for value in watched.trace.calls.get(name, [])}
-        matrices = {name for name in widths if region.layouts[name].spatial == 0}
-        producers = row_producers(watched.trace, values.pop(), region.layers, matrices) if len(values) == 1 else ()
+        producers = row_producers(watched.trace, values.pop(), region.layers, widths.keys()) if len(values) == 1 else ()
         free = producers and not set(producers) & set(outputs)
         if free and prove_permutation(model, watched.source.runs(), producers, region.layers, perm_I):
             outputs |= dict.fromkeys(producers, perm_I)
@@ -176,5 +176,7 @@ def _why_skipped(region: Region, watched: Watched, method: str) -> str:
     return method if any(watched.ranges[name].seen for name in region.layers) else _UNSEEN
 
 
-def _unsmoothed(plans: list[LayerPlan]) -> tuple[RegionRow, ...]:
-    return tuple(RegionRow(plan.name, (plan.name,), "skipped", _UNSEEN, None) for plan in plans)
+def _why_left_out(plan: LayerPlan, ran: Collection[str], *, permutes: bool) -> str:
+    if plan.name not in ran:
+        return _UNSEEN
+    return "an order of channels is for linear layers only" if permutes and plan.channels.spatial else ""

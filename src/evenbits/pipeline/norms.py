@@ -31,8 +31,8 @@ def folded_norms(
     """Inside the block norms of `model` are folded where that is proved; with `keep` afterwards, too. Yields what to
     know about it.
 
-    The model must be in evaluation mode. Without batches nothing is folded, which a note says. On an error all is taken
-    back.
+    The model must be in evaluation mode. Without batches nothing is folded, and a note says so. On an error all is
+    taken back.
     """
     if not any(type(module) in BATCH_NORMS for module in model.modules()):
         yield ()
