@@ -151,3 +151,33 @@ def test_a_checkpoint_that_takes_out_something_else_is_refused(other: nn.Module,
     assert target[1] is other and type(target[4]) is nn.BatchNorm2d
     with pytest.raises(EvenbitsError, match="is no BatchNorm"):
         unfuse(target, {"1": "batch_norm"})
+
+
+class Detour(nn.Module):
+    """Batches of three read the convolution beside its norm, too; batches of two do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.norm.running_mean.fill_(3.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        z = self.norm(y) if len(x) == 2 else self.norm(y) + y
+        return self.last(z.mean((2, 3)))
+
+
+def test_a_path_that_only_a_later_batch_takes_keeps_the_norm() -> None:
+    torch.manual_seed(0)
+    model, later = Detour().eval(), torch.randn(3, 3, 6, 6)
+    expected = model(later)
+    result = evenbits.quantize(model, method="rtn", data=[torch.randn(2, 3, 6, 6), later])
+    assert "BatchNorm was not folded: the output changed when it was tried" in result.notes
+    assert (model(later) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_batch_that_does_not_fit_is_named() -> None:
+    model, before = net(), net()
+    with pytest.raises(EvenbitsError, match="could not run calibration batch 1"):
+        evenbits.quantize(model, data=[picture(), torch.randn(2, 5, 6, 6)])
+    unchanged(model, before)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.nn import functional as F
 
 import evenbits
 from evenbits.checkpoints.files import read_config, write_config
@@ -501,3 +502,22 @@ def test_the_registry_refuses_what_it_does_not_know() -> None:
         unfuse(nn.ModuleDict({"a": nn.Linear(2, 2)}), {"b": "attention"})
     with pytest.raises(EvenbitsError, match=r"is no nn\.MultiheadAttention"):
         unfuse(nn.ModuleDict({"a": nn.Linear(2, 2)}), {"a": "attention"})
+
+
+class Peeking(nn.Module):
+    """Batches of three read the fused parameter of the attention directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.last = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        direct = len(x) == 3
+        return self.last(F.linear(x, self.attn.in_proj_weight[:16]) if direct else self.attn(x, x, x)[0])
+
+
+def test_a_later_batch_that_reads_the_fused_parameter_keeps_it_fused() -> None:
+    model = Peeking().eval()
+    result = evenbits.quantize(model, method="rtn", data=[torch.randn(2, 5, 16), torch.randn(3, 5, 16)])
+    assert type(model.attn) is nn.MultiheadAttention
+    assert not any("taken apart" in note for note in result.notes)

@@ -2,7 +2,7 @@
 
 A quantizer behind an unfolded norm would see another range than the one that is deployed, and every norm between two
 layers is a pass over memory that integers do not need. What may be folded is seen in one traced forward and compared on
-the same batch; on any error afterwards the norms come back, bit for bit.
+the first few batches; on any error afterwards the norms come back, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from evenbits.errors import EvenbitsError
 from evenbits.graph.batchnorm import fold_norms, norms_after_layers
 from evenbits.graph.folding import float_outputs, outputs_equal
 from evenbits.graph.trace import trace
 from evenbits.nn.unfuse import BATCH_NORMS
-from evenbits.pipeline.batches import Batches
+from evenbits.pipeline.batches import REFUSALS, Batches
 from evenbits.pipeline.plan import plan_layers
 from evenbits.schemes.scheme import Scheme
 
@@ -41,13 +42,19 @@ def folded_norms(
         yield ("BatchNorm was not folded: which layer it follows is seen on data, and there is none",)
         return
     layouts = {p.name: p.layout for p in plan_layers(model, scheme) if p.layout is not None and not p.reason}
-    run = batches.runs()[0]
-    pairs = norms_after_layers(model, trace(model, run, layouts))
-    reference = float_outputs(run())
+    references = _outputs(batches)
+    if references is None:  # the calibration names the batch that the model cannot take
+        yield ()
+        return
+    pairs = norms_after_layers(model, trace(model, batches.runs()[0], layouts))
     undo = fold_norms(model, pairs, layouts)
     try:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        equal = outputs_equal(reference, float_outputs(run()), _ROUNDING.get(dtype, 1e-3))
+        limit = _ROUNDING.get(dtype, 1e-3)
+        found = _outputs(batches) or []
+        equal = len(found) == len(references) and all(
+            outputs_equal(a, b, limit) for a, b in zip(references, found, strict=True)
+        )
         if equal:
             yield (f"BatchNorm folded into the layer before it: {len(pairs)}",) if pairs else ()
     except BaseException:
@@ -57,3 +64,11 @@ def folded_norms(
         undo()
     if not equal:
         yield ("BatchNorm was not folded: the output changed when it was tried",)
+
+
+def _outputs(batches: Batches) -> list[list[torch.Tensor]] | None:
+    """What the model returns for the kept batches; None if it refuses one."""
+    try:
+        return [float_outputs(run()) for run in batches.runs()]
+    except (*REFUSALS, EvenbitsError):
+        return None

@@ -165,7 +165,8 @@ def _run(model: nn.Module, trials: Mapping[str, _Trial], batches: Batches) -> bo
 def _runs_with(model: nn.Module, kinds: Mapping[str, str], batches: Batches) -> bool:
     restore = unfuse(model, kinds)
     try:
-        batches.run(batches.kept[0])
+        for batch in batches.kept:  # a later one may take a path that reads the parameters directly
+            batches.run(batch)
     except (*REFUSALS, EvenbitsError):
         return False
     finally:
