@@ -233,7 +233,7 @@ def test_the_default_range_has_nineteen_points() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [("0.1:0.9", "2 numbers"), ("a:b:c", "range or a list"), ("0.9:0.1:0.1", "LOW to HIGH"), ("0:2:0.1", "0..1"),
-     ("0:1:0", "at least 0.001"), ("0:1:-0.1", "at least 0.001"), ("0:1:1e-9", "at least 0.001"), ("0.1,1.5", "1.5"), ("", "range"),
+     ("0:1:0", "0.001"), ("0:1:-0.1", "0.001"), ("0:1:1e-9", "0.001"), ("0.1,1.5", "1.5"), ("", "range"),
      ("0.5,0.5", "twice"), ("nan", "range"), ("auto", "range"), ([], "nothing"), ("0:inf:0.1", "range")],
 )  # fmt: skip
 def test_what_is_no_range_of_alpha(text: Any, words: str) -> None:
