@@ -1,8 +1,9 @@
 """Watches the figures of outgoing lanes; warns, or climbs the codec ladder, before a codec harms training.
 
 Two signs, both measured by the sender (comms/telemetry.py): a DC ratio above its limit, and a signal-to-noise ratio
-that falls. The second is slow and real: as the loss falls, boundary gradients grow heavier tails and the quantizer
-that was safe in the first epoch loses 5 dB (docs/training.md).
+that falls. The second is slow: as the loss falls, boundary gradients grow heavier tails, and a quantizer that was safe in
+the first epoch need not stay so. A ratio over the whole tensor misses an error that only one channel shares
+(docs/collapse.md).
 
 How both ends change codec at the same step: the sender decides at the start of step t from the figures of earlier
 steps, writes the rung of step t + 1 into the trailer of every frame of step t, and both use it from step t + 1 on. The

@@ -3,7 +3,7 @@
 Training does not fail at the mean error. A quantizer whose grid has no zero shifts all small gradients the same way: a
 coherent error e, which the backward sum over N positions grows as N where noise grows as √N. Hence the DC ratio
 
-    |mean(e)| · √N / rms(g)  =  |Σe| / √Σg²         below 0.3 harmless, above 1 dangerous (docs/training.md)
+    |mean(e)| · √N / rms(g)  =  |Σe| / √Σg²         below 1 harmless; see docs/collapse.md
 
 beside the usual figures: relative L1 and L2, signal-to-noise ratio, cosine. Shares of zeros (x = 0), of underflowed
 (x ≠ 0 became 0) and of clipped elements (|x| beyond the largest decoded magnitude) say what kind of error it is. Bytes

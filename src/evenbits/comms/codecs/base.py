@@ -8,7 +8,7 @@ parameters alone. A codec whose content is shorter than its buffer says so in a 
 `true_bits` counts what it really needed.
 
 Metadata (scales, minima) is bfloat16, or scaled by a power of two first: at a stage boundary gradients have steps of
-1e-8, which float16 flushes to zero (docs/training.md).
+1e-8, which float16 flushes to zero (docs/codecs.md).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Codec(ABC):
     keeps_mask: whether the payload holds an index set (`mask_of`) that the message the other way can be coded on
         without sending it again.
     keeps_zero: whether an element that is zero decodes to exactly zero. If not, everything near zero may be moved by
-        one and the same amount, which adds up over a backward pass (docs/training.md).
+        one and the same amount, which adds up over a backward pass (docs/collapse.md).
     """
 
     spec: str
