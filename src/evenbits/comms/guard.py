@@ -1,8 +1,8 @@
 """Watches the figures of outgoing lanes; warns, or climbs the codec ladder, before a codec harms training.
 
 Two signs, both measured by the sender (comms/telemetry.py): a DC ratio above its limit, and a signal-to-noise ratio
-that falls. The second is slow: as the loss falls, boundary gradients grow heavier tails, and a quantizer that was safe in
-the first epoch need not stay so. A ratio over the whole tensor misses an error that only one channel shares
+that falls. The second is slow: as the loss falls, boundary gradients grow heavier tails, and a quantizer that was safe
+in the first epoch need not stay so. A ratio over the whole tensor misses an error that only one channel shares
 (docs/collapse.md).
 
 How both ends change codec at the same step: the sender decides at the start of step t from the figures of earlier
