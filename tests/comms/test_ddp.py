@@ -72,7 +72,7 @@ def test_a_nan_on_one_rank_stops_all_and_the_next_batch_goes_on() -> None:
     one, two = values(run(ddp_work.nan, 2))
     for steps in (one, two):
         name, text, seconds = steps[1]
-        assert name == "AgreedError" and "rank(s) [1] could not code their gradients" in text and seconds < 5
+        assert name == "AgreedError" and "rank(s) [1] could not code their gradients" in text and seconds < 10
     assert [steps for steps in one if isinstance(steps, str)] == [steps for steps in two if isinstance(steps, str)]
     assert isinstance(one[3], str)
 

@@ -76,7 +76,7 @@ def test_a_nan_on_one_rank_is_an_error_on_all_and_the_next_batch_goes_on() -> No
     for steps in values(run(fsdp_work.nan, 2)):
         assert isinstance(steps[0], float) and isinstance(steps[2], float)
         name, text, seconds = steps[1]
-        assert name == "AgreedError" and "rank(s) [1] could not code their gradients" in text and seconds < 5
+        assert name == "AgreedError" and "rank(s) [1] could not code their gradients" in text and seconds < 10
 
 
 def test_what_cannot_work_is_refused() -> None:

@@ -49,7 +49,7 @@ def test_each_shape_is_built_once() -> None:
 def test_time_is_bounded_and_rounds_are_not_too_few() -> None:
     start = time.perf_counter()
     found = alternate([lambda: time.sleep(0.02), lambda: time.sleep(0.01)], seconds=0.3)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 10
     assert len(found.seconds[0]) == len(found.seconds[1]) >= 5
 
 
