@@ -2,15 +2,16 @@
 
     evenbits::conv2d_u8(x, …)     y = clamp(round(act(xs·ws·Σ(x − xz)·w + b + as·(a − az)) / ys) + yz, 0, 255)
 
-On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32 and takes the zero point off in
-float32: exact while |Σ x·w| and |xz·Σ w| stay below 2²⁴, beyond that within a rounding of the larger of them. Three
-shapes are kept from it (torch 2.13), all found by tests: windows that lie in padding alone crash it
-(https://github.com/uxlfoundation/oneDNN/issues/5942), few channels and padding give wrong borders
+On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32. The input's zero point is taken
+off here, through the bias (− xs·ws·xz·Σ w) and explicit padding: oneDNN would sum it up again in every call, which
+takes 1.3 to 8 times as long. Exact while |Σ x·w| and |xz·Σ w| stay below 2²⁴, beyond that within roundings of the
+larger of them. Three shapes are kept from it (torch 2.13), all found by tests: windows that lie in padding alone
+crash it (https://github.com/uxlfoundation/oneDNN/issues/5942), few channels and padding give wrong borders
 (https://github.com/uxlfoundation/oneDNN/issues/5080), so both are padded here; and an output one column wide under a
-wider kernel is wrong, so that (small) case is the float convolution. Elsewhere a float convolution of the codes, exact
-and slow, says so through `report_conv`. uint8 is oneDNN's activation type: with int8 activations it refuses or runs a
-reference loop. Without VNNI its uint8 kernels add pairs of products in 16 bits and saturate silently, so they are not
-used there.
+wider kernel is wrong, so that (small) case is the float convolution. Elsewhere a float convolution of the codes,
+exact and slow, says so through `report_conv`. uint8 is oneDNN's activation type: with int8 activations it refuses or
+runs a reference loop. Without VNNI its uint8 kernels add pairs of products in 16 bits and saturate silently, so they
+are not used there.
 N: images, C: channels, H, W: height, width, O: out channels, g: groups.
 """
 
@@ -25,9 +26,11 @@ import torch
 from torch.nn import functional as F
 
 from evenbits.errors import EvenbitsError
+from evenbits.kernels.quantize import parse_format, quantize_rows
 from evenbits.kernels.torch_int8 import without_autocast
 
 _FEW_CHANNELS = 16
+_BYTES = parse_format("int8:tensor:affine")
 ACTIVATIONS = ("none", "relu", "relu6")
 _library = torch.library.Library("evenbits", "FRAGMENT")
 _library.define(
@@ -36,7 +39,8 @@ _library.define(
     "float addend_scale, int addend_zero) -> Tensor"
 )
 
-_packed: dict[tuple[object, ...], tuple[weakref.ref[torch.Tensor], int, tuple[torch.Tensor, torch.Tensor]]] = {}
+_Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_packed: dict[tuple[object, ...], tuple[weakref.ref[torch.Tensor], int, _Packed]] = {}
 _warned: list[bool] = []
 
 
@@ -79,7 +83,7 @@ def _conv2d_u8(
         )
     where = (list(stride), list(padding), list(dilation), groups)
     onednn = report_conv(x.device.type)[0] == "onednn"
-    if onednn and not _padding_is_safe(x, weight, padding, dilation):
+    if onednn and any(padding) and (x_zero or not _padding_is_safe(x, weight, padding, dilation)):
         (top, left), where = padding, (list(stride), [0, 0], list(dilation), groups)
         x = F.pad(x, (left, left, top, top), value=x_zero)
     if onednn and not (made[3] == 1 and weight.shape[3] > 1):
@@ -127,11 +131,14 @@ def _onednn(
     addend_zero: int,
 ) -> torch.Tensor:
     ops = torch.ops.onednn
-    packed, zeros = _pack(weight, weight_scale, x_scale, x_zero, where)
+    packed, zeros, sums = _pack(weight, weight_scale, list(x.shape), where)
+    if x_zero:
+        shift = weight_scale * sums
+        bias = shift * (-x_scale * x_zero) if bias is None else torch.sub(bias, shift, alpha=x_scale * x_zero)
     name, limits = ("hardtanh", [0.0, 6.0]) if activation == "relu6" else (activation, [])
     dtype, scale = (torch.float32, 1.0) if out_scale == 0 else (torch.uint8, out_scale)
     x = x.contiguous(memory_format=torch.channels_last)
-    common = (x, x_scale, x_zero, packed, weight_scale, zeros)
+    common = (x, x_scale, 0, packed, weight_scale, zeros)
     if addend is None:
         y: torch.Tensor = ops.qconv_pointwise(*common, bias, *where, scale, out_zero, dtype, name, limits, "")
         return y
@@ -149,20 +156,20 @@ def _onednn(
 def _pack(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    x_scale: float,
-    x_zero: int,
+    shape: list[int],
     where: tuple[list[int], list[int], list[int], int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight as oneDNN wants it, and its zero points, made once for each weight."""
+) -> _Packed:
+    """The weight as oneDNN wants it for inputs of `shape`, its zero points, and the sums of its rows, made once for
+    each weight: other shapes may have it rearranged for each call, which is right and costs little."""
     base = weight if weight._base is None else weight._base
     if base.is_inference():  # made under inference mode: nothing tells whether it was written to since
-        return _prepack(weight, weight_scale, x_scale, x_zero, where)
+        return _prepack(weight, weight_scale, shape, where)
     stride, padding, dilation, groups = where
     key = (id(base), weight.data_ptr(), weight.shape, *stride, *padding, *dilation, groups)
     known = _packed.get(key)
     if known is not None and known[0]() is base and known[1] == base._version:
         return known[2]
-    made = _prepack(weight, weight_scale, x_scale, x_zero, where)
+    made = _prepack(weight, weight_scale, shape, where)
     _packed[key] = (weakref.ref(base, lambda _: _packed.pop(key, None)), base._version, made)
     return made
 
@@ -170,17 +177,22 @@ def _pack(
 def _prepack(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    x_scale: float,
-    x_zero: int,
+    shape: list[int],
     where: tuple[list[int], list[int], list[int], int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, x_scale, x_zero, *where, None)
-    return packed, torch.zeros(len(weight), dtype=torch.int32)
+) -> _Packed:
+    packed: torch.Tensor = torch.ops.onednn.qconv_prepack(weight, weight_scale, 1.0, 0, *where, shape)
+    sums = weight.sum(dim=(1, 2, 3), dtype=torch.int32).float()
+    return packed, torch.zeros(len(weight), dtype=torch.int32), sums
 
 
 def to_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
     """x [N, C, H, W] float → uint8 codes clamp(round(x / scale) + zero, 0, 255), channels last."""
-    codes = x.div(scale).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+    if torch.compiler.is_compiling():
+        codes = x.div(scale).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
+    else:
+        one = torch.tensor([scale]), torch.tensor([zero - 128], dtype=torch.int32)
+        found, _, _ = quantize_rows(x.reshape(1, -1), _BYTES, None, *(part.to(x.device) for part in one))
+        codes = found.view(x.shape).view(torch.uint8).bitwise_xor(128)
     return codes.contiguous(memory_format=torch.channels_last) if codes.ndim == 4 else codes
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -205,25 +206,49 @@ class QConv2d(QConv):
     replaces, spatial, convolve = nn.Conv2d, 2, staticmethod(F.conv2d)
 
     def _sums(self, codes: torch.Tensor) -> torch.Tensor:
-        weight = self.weight_codes().view(self.weight_shape)
-        # oneDNN takes the zero point off in float32, which is exact below 2²⁴ only.
-        largest = 255 * int(weight.abs().sum(dim=(1, 2, 3), dtype=torch.int64).amax())
-        parts = -(-largest // 2**24)
-        if report_conv(codes.device.type)[0] != "onednn" or (parts > 1 and self.groups > 1):
+        if report_conv(codes.device.type)[0] != "onednn":
+            return super()._sums(codes)
+        pieces = self._pieces()
+        if len(pieces) > 1 and self.groups > 1:
             return super()._sums(codes)
         zero = 0 if self.input_zero_point is None else int(self.input_zero_point)
         shifted = self._pad(codes, zero).view(torch.uint8).bitwise_xor(128)  # + 128, as uint8
-        if parts <= 1:
-            return self._bytes_product(shifted, weight, zero)
-        step = -(-weight.shape[1] // (2 * parts))
-        pieces = zip(shifted.split(step, dim=1), weight.split(step, dim=1), strict=True)
-        sums = [self._bytes_product(x, w, zero).int() for x, w in pieces]
+        if len(pieces) == 1:
+            return self._bytes_product(shifted, pieces[0], zero)
+        parts = zip(shifted.split(pieces[0].shape[1], dim=1), pieces, strict=True)
+        sums = [self._bytes_product(x, w, zero).int() for x, w in parts]
         return torch.stack(sums).sum(dim=0, dtype=torch.int32).float()
 
     def _bytes_product(self, x: torch.Tensor, weight: torch.Tensor, zero: int) -> torch.Tensor:
         one = torch.ones(len(weight))
         where = (self.stride, (0, 0), self.dilation, self.groups)
-        return conv2d_u8(x, 1.0, zero + 128, weight.contiguous(), one, None, *where)
+        return conv2d_u8(x, 1.0, zero + 128, weight, one, None, *where)
+
+    def _pieces(self) -> list[torch.Tensor]:
+        """`_split` of the weight's codes, kept until the weight changes: torch's kernels rearrange each piece once."""
+        if torch.compiler.is_compiling() or self.weight.is_inference():
+            return _split(self.weight_codes().view(self.weight_shape))
+        version = (self.weight.data_ptr(), self.weight._version)
+        known = _PIECES.get(self)
+        if known is None or known[0] != version:
+            known = _PIECES[self] = version, _split(self.weight_codes().view(self.weight_shape))
+        return known[1]
+
+
+_PIECES: WeakKeyDictionary[QConv2d, tuple[tuple[int, int], list[torch.Tensor]]] = WeakKeyDictionary()
+
+
+def _split(weight: torch.Tensor) -> list[torch.Tensor]:
+    """int8 [O, C, h, w] in pieces of input channels so small that sums over uint8 inputs are exact in float32.
+
+    In one piece, Σ x·w lies between its negative and its positive part, and so does what the zero point takes off it:
+    both are whole numbers below 2²⁴, and their sum is rounded once. Sums of several pieces are to be whole themselves.
+    """
+    sums = torch.stack([weight.clamp(min=0), weight.clamp(max=0).abs()]).sum(dim=(2, 3, 4), dtype=torch.int64)
+    if 255 * int(sums.amax()) < 2**24:
+        return [weight.contiguous()]
+    count = -(-255 * int(sums.sum(dim=0).amax()) // 2**24)
+    return [piece.contiguous() for piece in weight.split(-(-weight.shape[1] // (2 * count)), dim=1)]
 
 
 class QConv3d(QConv):

@@ -33,13 +33,12 @@ def input_grid(layer: QConv2d) -> Grid | None:
 class U8Conv2d(nn.Module):
     """x uint8 [N, C, H, W] (and an addend's codes) → uint8, or float32 if `out` is None.
 
-    layer: a static QConv2d without multiplier; activation: none, relu or relu6; out, addend: grids.
+    layer: a static QConv2d without multiplier; grid: of its input, with the layer's scale; activation: none, relu or
+    relu6; out, addend: grids.
     """
 
-    def __init__(self, layer: QConv2d, activation: str, out: Grid | None, addend: Grid | None) -> None:
+    def __init__(self, layer: QConv2d, grid: Grid, activation: str, out: Grid | None, addend: Grid | None) -> None:
         super().__init__()
-        grid = input_grid(layer)
-        assert grid is not None  # the pass that builds chains asked before
         self.grid, self.out, self.addend, self.activation = grid, out, addend, activation
         codes = layer.weight_codes().view(layer.weight_shape).contiguous()
         scales = layer.weight_scales().reshape(-1).expand(codes.shape[0]).contiguous().float()

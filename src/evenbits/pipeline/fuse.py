@@ -209,7 +209,7 @@ class _Builder:
             args = (x, self._as_bytes(group.addend, addend))
         out = group.grid_out or self.grids.get(group.end)
         name = self._new_name(group.name)
-        self.made[name] = U8Conv2d(group.layer, group.activation, out, addend)
+        self.made[name] = U8Conv2d(group.layer, group.grid_in, group.activation, out, addend)
         node = self.new.call_module(name, args)
         if out is None:
             self.floats[group.end] = node

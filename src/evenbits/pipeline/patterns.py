@@ -159,10 +159,18 @@ def _only_user(model: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def _grids(model: nn.Module, groups: list[Group]) -> None:
-    """The grid each group writes: what the convolutions that read it want."""
+    """The grid each group writes: what the convolutions that read it want.
+
+    Behind a ReLU nothing is negative, so the zero point goes: the same steps, and the codes below it go to what is
+    beyond the calibrated range. Zero points cost time (kernels/conv_u8.py).
+    """
     by_source: dict[fx.Node, list[Group]] = {}
+    rectified = {group.end for group in groups if group.activation != "none"}
     for group in groups:
-        by_source.setdefault(_origin(model, group.source), []).append(group)
+        origin = _origin(model, group.source)
+        if origin in rectified or activation_of(model, origin) is not None:
+            group.grid_in = group.grid_in._replace(zero=0)
+        by_source.setdefault(origin, []).append(group)
     added = {_origin(model, group.addend) for group in groups if group.addend is not None}
     for group in groups:
         readers = by_source.get(group.end, [])
