@@ -24,6 +24,8 @@ GROUPED = [
     *(f"uint{bits}:g32:offset" for bits in range(1, 9)),
     *("int4:row:offset:stochastic", "int8:tensor:offset", "uint4:g7:offset"),
     *("int8:tensor:affine", "uint8:row:affine", "uint8:tensor:affine:free", "int4:g32:affine:free"),
+    *("int9:g32", "int16:tensor", "uint16:g32", "uint11:g32:affine", "int16:row:affine", "int12:g7:stochastic"),
+    *("uint10:tensor:affine:free", "uint16:tensor:affine:free", "int9:row:affine:free"),
     *("uint1:g64:affine:free", "uint1:row:affine:free", "int5:tensor:affine:free:stochastic"),
 ]
 SIGNS = ["sign", "sign:row", "sign:g32", "int1:g128", "int1:tensor"]
@@ -93,7 +95,7 @@ def groups(x: torch.Tensor, grain: str) -> list[slice]:
 
 def grouped_bound(x: torch.Tensor, spec: str) -> torch.Tensor:
     """Half a step per element (stochastic: a step), with a step that was rounded up to bfloat16."""
-    match = re.fullmatch(r"(u?)int(\d):(\w+)(.*)", spec)
+    match = re.fullmatch(r"(u?)int(\d+):(\w+)(.*)", spec)
     assert match is not None
     levels, options = (1 << int(match[2])) - 1, match[4]
     flat, bound = x.double().flatten(), torch.zeros(x.numel(), dtype=torch.float64)
@@ -173,7 +175,7 @@ def within(x: torch.Tensor, y: torch.Tensor, spec: str) -> None:
 
 def fits(x: torch.Tensor, spec: str) -> torch.Tensor:
     """x as the codec wants it: symmetric unsigned types take magnitudes."""
-    return x.abs() if re.match(r"uint\d:\w+(:stochastic)?$", spec) else x
+    return x.abs() if re.match(r"uint\d+:\w+(:stochastic)?$", spec) else x
 
 
 def sent(x: torch.Tensor, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,7 +340,7 @@ def test_what_was_decoded_is_coded_without_loss(spec: str, x: torch.Tensor) -> N
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("int9:row", "Did you mean 'int8'"),
+        ("int17:row", "data type 'int17'"),
         ("int4", "TYPE:GRANULARITY"),
         ("int4:g0", "unknown granularity"),
         ("int4:g128:free", "the grid of integers is"),

@@ -26,7 +26,7 @@ def _bfloat16_below(value: float) -> float:
     return math.ldexp(math.floor(mantissa * 256), exponent - 8)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [*range(2, 10), 11, 16])
 @pytest.mark.parametrize("width", [5, 32])
 def test_symmetric_codes_are_those_of_a_loop(bits: int, width: int) -> None:
     x = torch.randn(67) * torch.exp(torch.randn(67))
@@ -41,7 +41,7 @@ def test_symmetric_codes_are_those_of_a_loop(bits: int, width: int) -> None:
     torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 10), 11, 16])
 @pytest.mark.parametrize("free", [False, True])
 def test_affine_codes_are_those_of_a_loop(bits: int, free: bool) -> None:
     x = torch.randn(67) * torch.exp(torch.randn(67)) + 0.7
@@ -55,7 +55,10 @@ def test_affine_codes_are_those_of_a_loop(bits: int, free: bool) -> None:
         zero = 0 if free else round(-lo / step)
         places = [min(levels, max(0, round((value - lo) / step if free else value / step) + zero)) for value in group]
         expected += [lo + place * step if free else (place - zero) * step for place in places]
-    torch.testing.assert_close(y, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    # In float32 x / step has 8 bits left behind the point of a 16-bit code: one in hundreds falls on the other side.
+    error = (y - torch.tensor(expected)).abs()
+    assert int((error > 1e-6 + 1e-5 * y.abs()).sum()) <= (0 if bits < 16 else 2)
+    assert float(error.max()) < (1e-5 if bits < 16 else 1.01 * 16 / levels)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -84,6 +87,28 @@ def test_a_range_far_from_zero_costs_codes_only_if_zero_is_put_into_it() -> None
         quality[spec] = sqnr_db(x, codec.decode(codec.encode(x), Meta.of(x)))
     assert quality["uint4:g128:offset"] > quality["uint4:g128:affine"] + 25
     assert quality["uint4:g128:offset"] > quality["uint4:g128:affine:free"]  # whose minimum is a bfloat16
+
+
+@pytest.mark.parametrize("spec", ["int11:g16", "uint10:tensor:affine", "uint16:g64:affine:free"])
+def test_wide_codes_take_their_bits_and_every_further_bit_gains_six_decibels(spec: str) -> None:
+    x = torch.randn(64 * 128)
+    word, _, rest = spec.partition(":")
+    name, bits = word.rstrip("0123456789"), int(word.lstrip("uint"))
+    quality = []
+    for b in (8, bits):
+        codec = get(f"{name}{b}:{rest}")
+        quality.append(sqnr_db(x, codec.decode(codec.encode(x), Meta.of(x))))
+        extra = codec.payload_bytes(Meta.of(x)) - math.ceil(x.numel() * b / 8)
+        assert 0 < extra <= 4 * math.ceil(x.numel() / 16)
+    gain = (quality[1] - quality[0]) / (bits - 8)
+    assert 5.5 < gain < 6.6, quality
+
+
+def test_offset_grids_end_at_eight_bits_and_integers_at_sixteen() -> None:
+    with pytest.raises(EvenbitsError, match="use :affine"):
+        get("uint9:g16:offset")
+    with pytest.raises(EvenbitsError, match="uint17"):
+        get("uint17:g16")
 
 
 def test_the_payload_is_scales_then_zero_points_then_codes() -> None:

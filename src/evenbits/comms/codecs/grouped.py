@@ -7,7 +7,7 @@ What. Elements are rounded to b-bit integers relative to a scale per group, per 
     INT4:GRANULARITY:offset         the same, min and max as they are      x̂ = step · (code − zero point)
     INT4:GRANULARITY:affine:free    the same, zero not on the grid         x̂ = min + step · code
 
-for int1 … int8 and uint1 … uint8. `tensor` is one group, `row` one group per index of all but the last dimension,
+for int1 … int16 and uint1 … uint16 (offset: up to 8 bits, since its zero points are int16). `tensor` is one group, `row` one group per index of all but the last dimension,
 `gN` N neighbours of the flattened tensor: a feature map whose last dimension is 7 would otherwise pay a scale for every
 seven elements. Symmetric uint formats are for tensors without negative values. `int1` is the sign (sign.py).
 `:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`
@@ -48,7 +48,7 @@ from evenbits.errors import EvenbitsError
 from evenbits.numerics.granularity import Granularity
 from evenbits.numerics.qdtypes import QDtype
 
-_SPELLING = re.compile(r"(u?)int([1-8]):(tensor|row|channel|token|g[0-9]+)((?::(?:affine|offset|free|stochastic))*)")
+_SPELLING = re.compile(r"(u?)int([1-9]|1[0-6]):(tensor|row|channel|token|g[0-9]+)((?::(?:affine|offset|free|stochastic))*)")
 _FURTHEST = 32000  # of a zero point that is an int16, in steps
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -133,10 +133,15 @@ class Grouped(Codec):
             x_Gg = x_Gg.double()  # max − min of two float32 is not a float32
         head, u_Gg, zero_G = self._scaled(x_Gg, lo_G, hi_G)
         codes = self._rounded(u_Gg, zero_G, generator).view(-1)[: meta.numel]
-        if self._signed:
-            codes = codes.to(torch.int8).view(torch.uint8)
-            codes = codes if self.dtype.bits == 8 else codes.bitwise_and_((1 << self.dtype.bits) - 1)
-        return torch.cat([*head, pack(codes.to(torch.uint8), self.dtype.bits)])
+        return torch.cat([*head, pack(self._words(codes), self.dtype.bits)])
+
+    def _words(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes as floating-point numbers → the low bits of their two's complement: uint8, or int32 beyond 8 bits."""
+        bits = self.dtype.bits
+        if not self._signed:
+            return codes.to(torch.uint8 if bits <= 8 else torch.int32)
+        words = codes.to(torch.int8).view(torch.uint8) if bits <= 8 else codes.to(torch.int32)
+        return words if bits == 8 else words.bitwise_and_((1 << bits) - 1)
 
     def _scaled(
         self, x_Gg: torch.Tensor, lo_G: torch.Tensor, hi_G: torch.Tensor
@@ -161,11 +166,12 @@ class Grouped(Codec):
         # Rounded up or down at random, a range that sticks out of the grid at one end would be clipped there, on one
         # side only: with a level to spare both ends lie on the grid.
         spare = ((lo != 0) & (hi != 0)).double() if self.stochastic else torch.zeros_like(lo)
-        least_step = torch.maximum(lo.abs(), hi.abs()) / _FURTHEST
+        least_step = torch.maximum(lo.abs(), hi.abs()) / (_FURTHEST if self.grid == OFFSET else self._levels)
         step = self._stored(torch.maximum((hi - lo) / (self._levels - spare), least_step).float())
         zero = -lo / step.double()
         zero = zero.ceil_() if self.stochastic else zero.round_()
-        stored = bytes_of(zero.to(torch.int16)) if self.grid == OFFSET else pack(zero.to(torch.uint8), self.dtype.bits)
+        whole = zero.to(torch.int16 if self.grid == OFFSET else torch.uint8 if self.dtype.bits <= 8 else torch.int32)
+        stored = bytes_of(whole) if self.grid == OFFSET else pack(whole, self.dtype.bits)
         return [bytes_of(step), stored], x_Gg / step.float().unsqueeze(1), zero.to(x_Gg.dtype)
 
     def _stored(self, scale: torch.Tensor) -> torch.Tensor:
@@ -198,8 +204,7 @@ class Grouped(Codec):
         codes = unpack(packed, self.dtype.bits, meta.numel)
         offset_G = None
         if self._signed:
-            sign = 1 << (self.dtype.bits - 1)
-            codes = codes.view(torch.int8) if self.dtype.bits == 8 else (codes ^ sign).view(torch.int8) - sign
+            codes = _signs_of(codes, self.dtype.bits)
         elif self.grid == FREE:
             offset_G = words_of(zeros, self._scale_type).float()
         elif self.grid == OFFSET:
@@ -233,6 +238,15 @@ class Grouped(Codec):
                 part.sub_(offset_G[rows].unsqueeze(1)).mul_(scale)
 
 
+def _signs_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The low bits of two's complement as `unpack` gives them → the signed numbers."""
+    if bits == 8:
+        return codes.view(torch.int8)
+    sign = 1 << (bits - 1)
+    turned = codes ^ sign
+    return (turned.view(torch.int8) if bits < 8 else turned) - sign
+
+
 def grouped(spec: str) -> Codec:
     """ "int4:g128", "uint8:tensor:affine:free", … → codec. Spellings with a number format's own options (such as mse)
     or an axis are number formats. Raises EvenbitsError for anything else.
@@ -252,6 +266,8 @@ def grouped(spec: str) -> Codec:
         )
     grid = ":".join(words)
     dtype, granularity = QDtype(int(match[2]), not match[1]), Granularity.parse(match[3])
+    if dtype.bits > 8 and grid == OFFSET:
+        raise EvenbitsError(f"{spec!r}: zero points of an :offset grid are int16, too few beyond 8 bits; use :affine.")
     if dtype.bits == 1 and stochastic and grid in (AFFINE, OFFSET):
         raise EvenbitsError(f"{spec!r}: two levels, one of them zero, cannot hold both signs without a mean error.")
     if dtype == QDtype(1, True) and grid == SYMMETRIC:
