@@ -33,6 +33,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--probe": (False, False),
         "--only-faster": (False, False),
         "--overwrite": (False, False),
+        "--detach": (None, True),
         "--json": (False, False),
     },
     "advise": {
@@ -49,6 +50,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--ignore": (None, True),
         "--dtype": ("float32", True),
         "--overwrite": (False, False),
+        "--detach": (None, True),
         "--json": (False, False),
     },
     "evaluate": {
@@ -63,6 +65,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--batch-size": (None, True),
         "--max-length": (None, True),
         "--dtype": ("float32", True),
+        "--detach": (None, True),
         "--json": (False, False),
     },
     "bench": {
@@ -79,6 +82,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--fuse/--no-fuse": (True, False),
         "--peers/--no-peers": (True, False),
         "--memory/--no-memory": (True, False),
+        "--detach": (None, True),
         "--json": (False, False),
     },
     "inspect": {"PATH": ("required", True), "--json": (False, False)},
@@ -93,6 +97,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "RECIPE": ("required", True),
         "--data": (".", True),
         "--model": (None, True),
+        "--detach": (None, True),
         "--json": (False, False),
     },
     "sweep": {
@@ -123,6 +128,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--jobs": (1, True),
         "--restart": (False, False),
         "--plot": (None, True),
+        "--detach": (None, True),
         "--json": (False, False),
     },
     "diagnose": {
@@ -147,6 +153,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--sizes": (None, True),
         "--orders": (3, True),
         "--seed": (0, True),
+        "--detach": (None, True),
         "--json": (False, False),
     },
     "demo": {"--output/-o": ("evenbits-demo", True), "--json": (False, False)},

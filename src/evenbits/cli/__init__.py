@@ -5,6 +5,7 @@ Commands import what they need when they run: `evenbits --help` never imports to
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import typer
@@ -14,6 +15,7 @@ from evenbits.cli.advise import advise
 from evenbits.cli.bench import bench
 from evenbits.cli.comms import comms
 from evenbits.cli.demo import demo
+from evenbits.cli.detach import ending_cleanly
 from evenbits.cli.diagnose import diagnose
 from evenbits.cli.evaluate import evaluate
 from evenbits.cli.inspect import inspect
@@ -62,15 +64,21 @@ def root(
 def main() -> None:
     """Entry point. User errors end in one line on standard error and exit code 1; wrong options exit with 2."""
     try:
-        app()
+        with ending_cleanly():
+            app()
     except EvenbitsError as error:
         print(f"evenbits: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except Interrupted as end:
-        print(f"evenbits: interrupted; {end}", file=sys.stderr)
+        _last_word(f"interrupted; {end}")
         raise SystemExit(_INTERRUPTED) from None
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != _INTERRUPTED:  # which typer makes of Ctrl-C, without a word
             raise
-        print("evenbits: interrupted; nothing was written.", file=sys.stderr)
+        _last_word("interrupted; nothing was written.")
         raise SystemExit(_INTERRUPTED) from None
+
+
+def _last_word(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"evenbits: {text}", file=sys.stderr)

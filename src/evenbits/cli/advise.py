@@ -37,10 +37,11 @@ def advise(
     ignore: options.Ignore = None,
     dtype: options.Dtype = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at OUTPUT.")] = False,
+    detach: options.Detach = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Advise a number format for each layer, by its output error at equal true bits. The model is not changed."""
-    with working():
+    with working(detach):
         from evenbits.checkpoints.sources import open_model
         from evenbits.pipeline.advise import advise as run
         from evenbits.pipeline.calibration import calibration as open_calibration

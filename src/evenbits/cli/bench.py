@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evenbits.cli import options
 from evenbits.cli.output import emit, note, working
 
 if TYPE_CHECKING:
@@ -33,10 +34,11 @@ def bench(
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Byte chains of static convolutions, too.")] = True,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other libraries that are installed, too.")] = True,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, each in a fresh process.")] = True,
+    detach: options.Detach = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Measure latency, throughput and memory against the float model and installed peers."""
-    with working():
+    with working(detach):
         from evenbits.pipeline.bench import Wish
         from evenbits.pipeline.bench import bench as run
         from evenbits.pipeline.bench_inputs import Inputs

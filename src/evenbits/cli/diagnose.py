@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evenbits.cli import options
 from evenbits.cli.output import emit, note, working
 
 if TYPE_CHECKING:
@@ -47,12 +48,13 @@ def diagnose(
     sizes: _Sizes = None,
     orders: Annotated[int, typer.Option(help="Of --sizes: random orders of the samples.", min=1)] = 3,
     seed: Annotated[int, typer.Option(help="Of --sizes: seed of the first order.", min=0)] = 0,
+    detach: options.Detach = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Show what quantizing a model does to every layer: errors, ranges, pictures. Nothing is quantized for good."""
     options = {"alpha": _number(alpha), "policy": policy, "criterion": criterion, "scope": scope}
     options["sequential"] = sequential or None
-    with working():
+    with working(detach):
         from evenbits.pipeline.diagnose_named import diagnose_named
         from evenbits.reporting.diagnosis import check_folder, write_diagnosis
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from evenbits.cli import options
 from evenbits.cli.output import emit, working
 
 
@@ -29,6 +30,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Items per forward (classification). Default: 32.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per item (classification). Default: 128.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, for float models.")] = "float32",
+    detach: options.Detach = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Score a float or quantized model, with a 95 % interval."""
@@ -39,7 +41,7 @@ def evaluate(
         "batch_size": batch_size,
         "max_length": max_length,
     }
-    with working():
+    with working(detach):
         from evenbits.checkpoints.sources import is_python, load_object, open_model
         from evenbits.data.text import read_text
         from evenbits.evaluation.tasks import evaluate as run

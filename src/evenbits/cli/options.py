@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,9 @@ Probe = Annotated[
 ]
 OnlyFaster = Annotated[
     bool, typer.Option("--only-faster", help="Keep layers in float that are slower quantized on this machine.")
+]
+Detach = Annotated[
+    Path | None, typer.Option("--detach", metavar="LOG", help="Go on without the terminal, printing to LOG.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

@@ -6,7 +6,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, cast
+
+import typer
+
+from evenbits.cli.detach import Lines, detach, is_inside
 
 
 class Interrupted(SystemExit):
@@ -14,9 +19,17 @@ class Interrupted(SystemExit):
 
 
 @contextlib.contextmanager
-def working() -> Iterator[None]:
-    """Sends prints inside the block to standard error."""
-    with contextlib.redirect_stdout(sys.stderr):
+def working(log: Path | None = None) -> Iterator[None]:
+    """Sends prints inside the block to standard error.
+
+    log: of --detach. The command then goes on in a session of its own, and this process ends here.
+    """
+    inside = is_inside()
+    if log is not None and not inside:
+        note(detach(log))
+        raise typer.Exit
+    lines = contextlib.redirect_stderr(cast(IO[str], Lines(sys.stderr))) if inside else contextlib.nullcontext()
+    with lines, contextlib.redirect_stdout(sys.stderr):
         yield
 
 

@@ -35,10 +35,11 @@ def quantize(
     probe: options.Probe = False,
     only_faster: options.OnlyFaster = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an evenbits folder at OUT.")] = False,
+    detach: options.Detach = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Quantize a model, write it, read it back, compare, and say what was done layer by layer."""
-    with working():
+    with working(detach):
         from evenbits.pipeline.run import quantize_to_folder
 
         run = quantize_to_folder(

@@ -62,6 +62,7 @@ def sweep(
     jobs: _Jobs = 1,
     restart: _Restart = False,
     plot: _Plot = None,
+    detach: options.Detach = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Score a model for every α of SmoothQuant, with float, no smoothing and α = auto beside; resumable."""
@@ -73,7 +74,7 @@ def sweep(
         max_length=max_length,
     )  # fmt: skip
     found = _sweep(
-        folder, picture, model, task=task, data=data, alpha=alpha, scheme=scheme, method=method,
+        detach, folder, picture, model, task=task, data=data, alpha=alpha, scheme=scheme, method=method,
         calibration=calibration, samples=samples, sequence_length=sequence_length, batch_size=batch_size,
         ignore=tuple(ignore or ()), dtype=dtype, separator=separator, evaluation=evaluation, auto=auto,
         restart=restart, jobs=jobs, **chosen,
@@ -81,8 +82,8 @@ def sweep(
     emit(found.to_json()) if as_json else _show(found, folder, picture)
 
 
-def _sweep(folder: Path, picture: Path, model: str, **words: Any) -> Sweep:
-    with working():
+def _sweep(detach: Path | None, folder: Path, picture: Path, model: str, **words: Any) -> Sweep:
+    with working(detach):
         from evenbits.pipeline.sweep import sweep as run
         from evenbits.pipeline.sweep_state import write_json
         from evenbits.reporting.sweep import check_plot

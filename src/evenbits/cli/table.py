@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from evenbits.cli import options
 from evenbits.cli.output import emit, note, working
 
 
@@ -14,10 +15,11 @@ def table(
     recipe: Annotated[str, typer.Argument(help="A recipe of the package (olive_sst2) or a YAML file.")],
     data: Annotated[Path, typer.Option(help="Folder that the recipe's names are below.")] = Path(),
     model: Annotated[str | None, typer.Option(help="Another model in place of the recipe's.")] = None,
+    detach: options.Detach = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Run a recipe: quantize a model in several ways and print the accuracy table."""
-    with working():
+    with working(detach):
         from evenbits.pipeline.table import make_table
         from evenbits.schemes.recipe import read_recipe
 
