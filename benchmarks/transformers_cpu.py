@@ -8,9 +8,9 @@
     python -m venv peers && peers/bin/pip install torch transformers onnx onnxscript onnxruntime openvino nncf
     peers/bin/pip install --no-deps torchao bitsandbytes optimum-quanto ninja
 
-Every variant lives in a process of its own (transformers_worker.py), and they run by turns, one call at a time, forwards
-and backwards, while the others wait. One thread: CPU time of the process, 25th percentile; more: least wall time, which
-needs a quiet machine. A variant that cannot be installed or run is a row that says why.
+Every variant lives in a process of its own (transformers_worker.py), and they run by turns, one call at a time,
+forwards and backwards, while the others wait. One thread: CPU time of the process, 25th percentile; more: least wall
+time, which needs a quiet machine. A variant that cannot be installed or run is a row that says why.
 """
 
 from __future__ import annotations
@@ -171,9 +171,8 @@ def show(model: str, rows: list[dict[str, Any]]) -> None:
                 continue
             low, _, high = found["quartiles_ms"]
             near = "exact" if found["decibels"] > 200 else f"{found['decibels']:.0f}"
-            print(
-                f"| {found['variant']} | {found['ms']:.1f} | {low:.1f} … {high:.1f} | {base / found['ms']:.2f} | {near} |"
-            )
+            spread = f"{found['ms']:.1f} | {low:.1f} … {high:.1f}"
+            print(f"| {found['variant']} | {spread} | {base / found['ms']:.2f} | {near} |")
     sys.stdout.flush()
 
 

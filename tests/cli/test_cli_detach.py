@@ -30,7 +30,7 @@ class Slow(nn.Sequential):
 def build():
     torch.manual_seed(0)
     return Slow(nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-def batches(model):
+def batches():
     for index in range(1000):
         Path(__file__).with_name("begun").touch()
         yield torch.randn(4, 8)
@@ -44,7 +44,8 @@ def sweep(tmp_path: Path) -> list[str]:
     (tmp_path / "nets.py").write_text(NETS)
     (tmp_path / "rows.py").write_text(
         "import numpy as np\nr = np.random.default_rng(0)\n"
-        f"np.savez(r'{tmp_path}/data.npz', inputs=r.standard_normal((16, 8)).astype('f'), labels=r.integers(0, 3, 16))\n"
+        f"np.savez(r'{tmp_path}/data.npz', inputs=r.standard_normal((16, 8)).astype('f'),\n"
+        "         labels=r.integers(0, 3, 16))\n"
     )
     subprocess.run([sys.executable, str(tmp_path / "rows.py")], check=True, timeout=60)
     data = str(tmp_path / "data.npz")

@@ -67,7 +67,18 @@ class Format:
     granularity: Granularity
     rule: ScaleRule = ScaleRule()
 
+    def __post_init__(self) -> None:
+        # Asked for at every call of a layer: found once. Equal formats have one spelling, so its hash is theirs.
+        object.__setattr__(self, "_spelling", self._spelled())
+
     def __str__(self) -> str:
+        spelling: str = self.__dict__["_spelling"]
+        return spelling
+
+    def __hash__(self) -> int:
+        return hash(self.__dict__["_spelling"])
+
+    def _spelled(self) -> str:
         rule, percent = self.rule, f"p{self.rule.percentile!r}".removesuffix(".0")
         options = [] if rule.symmetric else ["affine"]
         options += [] if rule.zero_exact else ["free"]

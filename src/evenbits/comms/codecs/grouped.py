@@ -7,9 +7,9 @@ What. Elements are rounded to b-bit integers relative to a scale per group, per 
     INT4:GRANULARITY:offset         the same, min and max as they are      x̂ = step · (code − zero point)
     INT4:GRANULARITY:affine:free    the same, zero not on the grid         x̂ = min + step · code
 
-for int1 … int16 and uint1 … uint16 (offset: up to 8 bits, since its zero points are int16). `tensor` is one group, `row` one group per index of all but the last dimension,
-`gN` N neighbours of the flattened tensor: a feature map whose last dimension is 7 would otherwise pay a scale for every
-seven elements. Symmetric uint formats are for tensors without negative values. `int1` is the sign (sign.py).
+for int1 … int16 and uint1 … uint16 (offset: up to 8 bits, since its zero points are int16). `tensor` is one group,
+`row` one group per index of all but the last dimension, `gN` N neighbours of the flattened tensor: a feature map whose
+last dimension is 7 would otherwise pay a scale for every seven elements. Symmetric uint formats are for tensors without negative values. `int1` is the sign (sign.py).
 `:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`
 (affine, offset: with 2^b − 2 steps, so that no end is clipped).
 
@@ -48,7 +48,9 @@ from evenbits.errors import EvenbitsError
 from evenbits.numerics.granularity import Granularity
 from evenbits.numerics.qdtypes import QDtype
 
-_SPELLING = re.compile(r"(u?)int([1-9]|1[0-6]):(tensor|row|channel|token|g[0-9]+)((?::(?:affine|offset|free|stochastic))*)")
+_SPELLING = re.compile(
+    r"(u?)int([1-9]|1[0-6]):(tensor|row|channel|token|g[0-9]+)((?::(?:affine|offset|free|stochastic))*)"
+)
 _FURTHEST = 32000  # of a zero point that is an int16, in steps
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 

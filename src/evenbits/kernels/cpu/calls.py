@@ -5,8 +5,8 @@ M: rows, K: columns, N: outputs, B: bytes of a packed weight row, G: groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +20,7 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 INT8_WEIGHT, NIBBLES, PAIRS, WIDE_PAIRS = range(4)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):  # made at every call: a frozen dataclass takes four times as long
     """How activations become codes.
 
     code_min, code_max, levels, affine: of the format. multiplier float32 [K]; scale float32 [1] and zero_point int32
@@ -38,8 +37,7 @@ class Rows:
     finite: bool = False
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A weight as stored. bytes: int8 [N, K] or uint8 [N, B]; scale: [1], [N, 1] or [N, G] with `group` columns each;
     tables: 48 numbers (pair_codes.py), of packed ones; row_sum: int32 [N], for affine activations."""
 
