@@ -4,8 +4,9 @@
     evenbits::quantize_rows(x, format, …)                 activations → int8 codes, scales (zero points)
     evenbits::linear_w8a8(x, weight_OI, …)                float in, float out; integers between
     evenbits::linear_pair(x, weight_OB, …)                the same with two 4-bit weights in a byte, never decoded whole
+    evenbits::linear_pair_float(x, weight_OB, …)          two 4-bit weights in a byte, activations stay float
 
-What they compute is in matmul.py, quantize.py and linear.py; which backend does, in dispatch.py.
+What they compute is in matmul.py, quantize.py, linear.py and weight_only.py; which backend does, in dispatch.py.
 M, T: rows (tokens), K, I: columns (input channels), N, O: output channels, G: groups, B: bytes of a packed row.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from evenbits.kernels import linear, matmul, quantize
+from evenbits.kernels import linear, matmul, quantize, weight_only
 from evenbits.numerics.format import Format
 
 _library = torch.library.Library("evenbits", "DEF")
@@ -27,6 +28,10 @@ _library.define(
 _library.define(
     "linear_pair(Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, str weight_format, Tensor? bias, "
     f"{_ROWS}, Tensor? weight_sum, str activation='none') -> Tensor"
+)
+_library.define(
+    "linear_pair_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, str weight_format, "
+    "Tensor? bias, Tensor? multiplier, str activation='none') -> Tensor"
 )
 
 
@@ -65,6 +70,7 @@ for _name, _kernel, _fake in (
     ("quantize_rows", _quantize_rows, _fake_quantize_rows),
     ("linear_w8a8", linear.linear_w8a8, _fake_linear),
     ("linear_pair", linear.linear_pair, _fake_linear),
+    ("linear_pair_float", weight_only.linear_pair_float, _fake_linear),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evenbits::{_name}", _fake, lib=_library)
@@ -153,5 +159,28 @@ def linear_pair(
         zero_point,
         weight_sum,
         activation,
+    )
+    return result
+
+
+def linear_pair_float(
+    x: torch.Tensor,
+    weight_OB: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_format: Format | str,
+    bias: torch.Tensor | None,
+    *,
+    global_scale: torch.Tensor | None = None,
+    multiplier: torch.Tensor | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """y = x · Wᵀ + bias with packed 4-bit weights and float activations; x [..., I] → y [..., O] in x's type.
+
+    weight_OB: uint8, two weights a byte; weight_scale, global_scale: as QTensor stores them for `weight_format`, which
+    must be one that `float_codes` knows; bias: [O]; multiplier: float32 [I], applied to x first. Sums and what follows
+    are float32 (weight_only.py). Raises EvenbitsError for formats, shapes and types that do not fit.
+    """
+    result: torch.Tensor = torch.ops.evenbits.linear_pair_float(
+        x, weight_OB, weight_scale, global_scale, str(weight_format), bias, multiplier, activation
     )
     return result

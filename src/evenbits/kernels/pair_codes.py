@@ -1,9 +1,10 @@
-"""Which packed 4-bit weights an integer engine can multiply, and the tables it decodes them by.
+"""Which packed 4-bit weights can be multiplied from their bytes, and the tables that decode them.
 
 A byte holds two weights. A nibble stands for a number of a 16-entry table; beside the identifier 1000b of an
 outlier-victim pair, for one of a second table. Where all of these are integers (times a power of two, `unit`: FP4's are
 multiples of one half) products with int8 activations are exact in int32. Values beyond int8 are split into two halves
 that fit, multiplied one after the other. NormalFloat is not a multiple of anything: its products run in float.
+Float activations need no integers: any table of sixteen numbers will do (`float_codes`).
 
 O: out, I: in, B: bytes of a packed row.
 """
@@ -47,15 +48,23 @@ class PairCodes:
     row_bytes: int
 
 
+@dataclass(frozen=True)
+class FloatCodes:
+    """The same for float activations. values: 32 floats, of a nibble and of a nibble beside the identifier, with every
+    scale still to be multiplied in; the rest as in PairCodes."""
+
+    values: tuple[float, ...]
+    paired: bool
+    group: int
+    row_bytes: int
+
+
 @cache
 def pair_codes(fmt: Format, columns: int) -> PairCodes | None:
     """The tables of a weight format for rows of `columns`, or None if its products cannot run in integers from packed
     bytes: values that are no integers, zero points, groups whose columns do not fill whole words of four bytes."""
-    granularity, dtype = fmt.granularity, fmt.dtype
-    group = granularity.size if granularity.kind == "group" else 0
-    if group >= columns:  # one group a row: any width that covers it
-        group = -(-group // _WHOLE) * _WHOLE
-    if granularity.kind == "axis" or group % 8 or not fmt.rule.symmetric:
+    dtype, group = fmt.dtype, _group(fmt, columns)
+    if fmt.granularity.kind == "axis" or group % 8 or not fmt.rule.symmetric:
         return None
     normal, outlier = _nibbles(dtype)
     for unit in _UNITS if normal else ():
@@ -67,6 +76,29 @@ def pair_codes(fmt: Format, columns: int) -> PairCodes | None:
             width = elements.row_bytes(dtype, fmt.stored_columns(columns))
             return PairCodes(tables, isinstance(dtype, PairType), any(rest), unit, group, width)
     return None
+
+
+@cache
+def float_codes(fmt: Format, columns: int) -> FloatCodes | str:
+    """The tables of a weight format for rows of `columns` that float activations are multiplied with, or a phrase that
+    says why its bytes cannot be."""
+    dtype, group = fmt.dtype, _group(fmt, columns)
+    normal, outlier = _nibbles(dtype)
+    if not fmt.rule.symmetric:
+        return "zero points"
+    if not normal:
+        mixed = isinstance(dtype, PairType) and dtype.kind == "mix"
+        return "pairs whose kind changes from group to group" if mixed else f"{dtype.bits}-bit weights"
+    if fmt.granularity.kind == "axis" or group % 8:
+        return f"scales by {fmt.granularity}, not by rows or groups of 8·n columns"
+    width = elements.row_bytes(dtype, fmt.stored_columns(columns))
+    return FloatCodes((*normal, *outlier), isinstance(dtype, PairType), group, width)
+
+
+def _group(fmt: Format, columns: int) -> int:
+    """Columns that share a scale, 0: all of a row. One group that covers a row may have any width: it is rounded up."""
+    group = fmt.granularity.size if fmt.granularity.kind == "group" else 0
+    return -(-group // _WHOLE) * _WHOLE if group >= columns else group
 
 
 def _nibbles(dtype: ElementType) -> tuple[list[float], list[float]]:

@@ -67,6 +67,11 @@ def _tables(values: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int8)
 
 
+@cache
+def _values(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x [..., K] → [M, K] of a type the library reads, columns beside each other."""
     x_MK = x.reshape(-1, x.shape[-1])
@@ -107,15 +112,49 @@ def linear(
     if not y.numel():
         return y
     args = _args(x_MK, rows)
+    args.tables = _tables(weight.tables).data_ptr() if weight.tables else None
+    _output_args(args, y, weight, bias, activation)
+    _run("evenbits_linear", args)
+    return y
+
+
+def _output_args(
+    args: LinearArgs, y: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation: str
+) -> None:
+    outputs = weight.bytes.shape[0]
     args.y, args.y_type, args.outputs, args.bias = y.data_ptr(), args.x_type, outputs, _ptr(bias)
     args.weight, args.weight_stride = weight.bytes.data_ptr(), weight.bytes.stride(0)
     args.weight_kind, args.unit = weight.kind, weight.unit
-    args.tables = _tables(weight.tables).data_ptr() if weight.tables else None
     args.weight_scale, args.scale_type = weight.scale.data_ptr(), _SCALES[weight.scale.dtype]
     args.scale_stride = weight.scale.numel() // outputs if weight.scale.numel() > 1 else 0
     args.group, args.global_scale, args.weight_sum = weight.group, _ptr(weight.global_scale), _ptr(weight.row_sum)
     args.activation = ACTIVATIONS[activation]
-    _run("evenbits_linear", args)
+
+
+def linear_float(
+    x: torch.Tensor,
+    weight: Weight,
+    values: tuple[float, ...],
+    bias: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """x [..., K] float → y [..., N] in x's type (float64: float32), activations unquantized: csrc/floats.h.
+
+    values: what a nibble stands for, 16, and beside the identifier, 16 (kind NIBBLES: not used); weight.tables: unused.
+    bias: float32 [N]; multiplier: float32 [K]; both contiguous.
+    """
+    x_MK, outputs = _rows(x), weight.bytes.shape[0]
+    y = x_MK.new_empty(*x.shape[:-1], outputs)
+    if not y.numel():
+        return y
+    args = LinearArgs()
+    args.x, args.rows, args.columns = x_MK.data_ptr(), x_MK.shape[0], x_MK.shape[1]
+    args.x_type, args.x_stride, args.multiplier = _FLOATS[x_MK.dtype], x_MK.stride(0), _ptr(multiplier)
+    args.threads = torch.get_num_threads()
+    args.values = _values(values).data_ptr()
+    _output_args(args, y, weight, bias, activation)
+    _run("evenbits_linear_float", args)
     return y
 
 

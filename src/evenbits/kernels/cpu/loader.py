@@ -27,7 +27,7 @@ VARIABLE = "EVENBITS_CPU_VARIANT"
 _REBUILD = "run `make kernels` in the checkout, or reinstall evenbits with a C compiler (cc, gcc or clang) on the path"
 
 _POINTERS = (
-    "x multiplier scale zero_point weight weight_scale global_scale bias weight_sum y codes row_scales row_zeros tables"
+    "x multiplier scale zero_point weight weight_scale global_scale bias weight_sum y codes row_scales row_zeros values tables"
 )
 _INTEGERS = (
     "rows columns outputs x_type y_type x_stride weight_kind weight_stride scale_type scale_stride group affine "
@@ -89,7 +89,7 @@ def status() -> Status:
     if (build.SOURCES.exists() and built_from != build.source_hash()) or size != ctypes.sizeof(LinearArgs):
         raise EvenbitsError(f"{file} was built from other sources than those beside it; {_REBUILD}.")
     handle.evenbits_variant_name.argtypes = handle.evenbits_variant_supported.argtypes = [ctypes.c_int64]
-    for function in (handle.evenbits_linear, handle.evenbits_quantize):
+    for function in (handle.evenbits_linear, handle.evenbits_linear_float, handle.evenbits_quantize):
         function.argtypes = [ctypes.c_int64, ctypes.POINTER(LinearArgs)]
     names = {handle.evenbits_variant_name(i).decode(): i for i in range(handle.evenbits_variants())}
     variants = {name: i for name, i in names.items() if handle.evenbits_variant_supported(i)}

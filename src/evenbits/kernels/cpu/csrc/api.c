@@ -52,4 +52,5 @@ EB_API int evenbits_variant_supported(int64_t i) { return i >= 0 && i < VARIANTS
 
 /* 0, or -1 if memory ran out. `variant` is one that is supported. */
 EB_API int evenbits_linear(int64_t variant, const eb_args *args) { return variants[variant]->linear(args); }
+EB_API int evenbits_linear_float(int64_t variant, const eb_args *args) { return variants[variant]->floats(args); }
 EB_API int evenbits_quantize(int64_t variant, const eb_args *args) { return variants[variant]->quantize(args); }

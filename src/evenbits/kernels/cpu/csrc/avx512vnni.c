@@ -155,6 +155,7 @@ EB_INLINE void micro_end(void) {}
 #define ROWS_MOST 8
 
 #include "linear.h"
+#include "floats512.h"
 
 static int supported(void) {
     __builtin_cpu_init();

@@ -32,6 +32,7 @@ typedef struct {
     int8_t *codes;             /* eb_quantize: [M, K] */
     float *row_scales;         /* eb_quantize: [M] */
     int32_t *row_zeros;        /* eb_quantize: [M] */
+    const float *values;       /* eb_floats: normal[16], outlier[16] */
     const int8_t *tables;      /* normal[16], outlier[16], rest[16]: value of a nibble; rest: what exceeds int8 */
     int64_t rows, columns, outputs;
     int64_t x_type, y_type, x_stride;
@@ -49,6 +50,7 @@ typedef struct {
     int (*supported)(void);
     int (*linear)(const eb_args *);
     int (*quantize)(const eb_args *);
+    int (*floats)(const eb_args *);
 } eb_variant;
 
 #define EB_HIDDEN __attribute__((visibility("hidden")))

@@ -310,4 +310,4 @@ static int run_quantize(const eb_args *a) {
 
 #define EB_VARIANT(symbol, label, test)                                                                               \
     EB_HIDDEN const eb_variant symbol;                                                                                \
-    const eb_variant symbol = {label, test, run_linear, run_quantize};
+    const eb_variant symbol = {label, test, run_linear, run_quantize, run_floats};

@@ -120,6 +120,11 @@ EB_INLINE void micro_end(void) {}
 
 #include "linear.h"
 
+typedef float32x4_t fvec;
+EB_INLINE fvec f_fma(fvec a, fvec b, fvec c) { return vfmaq_f32(c, a, b); }
+
+#include "floats128.h"
+
 static int supported(void) {
 #ifdef __linux__
     return (getauxval(AT_HWCAP) >> 20) & 1; /* HWCAP_ASIMDDP */

@@ -58,6 +58,32 @@ EB_INLINE void micro_end(void) {}
 
 #include "linear.h"
 
+typedef float fvec __attribute__((vector_size(16)));
+
+/* a · b + c, rounded once. Where the processor cannot: in double, whose product is exact and whose sum, if it is not, is
+   made odd in its last bit, so that rounding it to float32 rounds the exact sum. */
+EB_INLINE float fma_once(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    double product = (double)a * b, sum = product + c, back = sum - product;
+    double error = (product - (sum - back)) + (c - back);
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    if (error != 0.0 && error - error == 0.0 && !(bits & 1)) bits += (error > 0.0) == (sum > 0.0) ? 1 : -(uint64_t)1;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+#endif
+}
+
+EB_INLINE fvec f_fma(fvec a, fvec b, fvec c) {
+    return (fvec){fma_once(a[0], b[0], c[0]), fma_once(a[1], b[1], c[1]), fma_once(a[2], b[2], c[2]),
+                  fma_once(a[3], b[3], c[3])};
+}
+
+#define F_UNROLL
+#include "floats128.h"
+
 static int supported(void) { return 1; }
 
 EB_VARIANT(eb_portable, "portable", supported)

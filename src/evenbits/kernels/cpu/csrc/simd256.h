@@ -176,3 +176,4 @@ EB_INLINE void micro_end(void) {}
 #define ROWS_MOST 2
 
 #include "linear.h"
+#include "floats256.h"
