@@ -47,7 +47,8 @@ sanitize: $(VENV)/ready
 	$(BIN)/python $(BUILD) --sanitize build/sanitized
 	EVENBITS_CPU_LIBRARY=build/sanitized/libevenbits_cpu.so \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" \
-		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(PYTEST) -p no:cacheprovider tests/kernels/test_cpu_kernels.py
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(PYTEST) -p no:cacheprovider \
+		tests/kernels/test_cpu_kernels.py tests/kernels/test_weight_only.py
 
 clean:
 	rm -rf $(VENV) evenbits-demo build src/evenbits/kernels/cpu/libevenbits_cpu.*

@@ -212,7 +212,10 @@ def test_formats_outside_the_integer_path_run_in_float(weight: str, activation: 
     expected = nn.functional.linear(
         fake_quantize(x, Format.parse(activation)), layer.qweight().dequantize(), layer.bias
     )
-    assert layer(x).equal(expected)
+    if layer.is_streamed:  # sums in another order
+        torch.testing.assert_close(layer(x), expected)
+    else:
+        assert layer(x).equal(expected)
     assert (expected - nn.functional.linear(x, layer.qweight().dequantize(), layer.bias)).abs().max() > 0
 
 

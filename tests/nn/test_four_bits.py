@@ -97,7 +97,19 @@ def test_the_float_path_is_the_float_layer(weight: str, activation: str | None, 
         return
     x = torch.randn(2, 3, 37).to(dtype)
     rounded = x if activation is None else fake_quantize(x, Format.parse(activation))
-    assert layer(x).equal(nn.functional.linear(rounded, encoded.dequantize(dtype), layer.bias.to(dtype)))
+    _same_product(layer, x, rounded, encoded)
+
+
+def _same_product(layer: QLinear, x: torch.Tensor, rounded: torch.Tensor, encoded: QTensor) -> None:
+    """Decoded weights: torch's own product, to the bit. Streamed ones: float32 sums in another order, one rounding."""
+    if not layer.is_streamed:
+        assert layer(x).equal(nn.functional.linear(rounded, encoded.dequantize(x.dtype), layer.bias.to(x.dtype)))
+        return
+    decoded, bias, inputs = encoded.dequantize().double(), layer.bias.double(), rounded.double()
+    exact, size = inputs @ decoded.t() + bias, inputs.abs() @ decoded.abs().t() + bias.abs()
+    slack = size * (4 + x.shape[-1] / 8) * 2.0**-24 + exact.abs() * torch.finfo(x.dtype).eps
+    assert layer(x).dtype == x.dtype
+    assert ((layer(x) - exact).abs() <= slack).all()
 
 
 @pytest.mark.parametrize("activation", ["int8:row", "int8:tensor", "int8:row:127.5"])
@@ -123,7 +135,7 @@ def test_static_activations_of_four_bits(weight: str, activation: str) -> None:
     assert not layer.is_integer
     x = torch.randn(4, 37) * 2
     rounded = fake_quantize(x, Format.parse(activation), scale=torch.tensor([0.31]))
-    assert layer(x).equal(nn.functional.linear(rounded, encoded.dequantize(), layer.bias))
+    _same_product(layer, x, rounded, encoded)
     x[2, 5] = float("nan")
     y = layer(x)
     assert y[2].isnan().all()
@@ -241,3 +253,31 @@ def test_export(weight: str) -> None:
         program = torch.export.export(layer, (torch.randn(3, 37),), dynamic_shapes=({0: rows},), strict=False)
         x = torch.randn(9, 37)
         assert torch.allclose(program.module()(x), layer(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["int4:g16", "nf4:row", "ovp4-flint:row"])
+def test_what_weights_are_streamed_for_and_what_they_are_decoded_for(weight: str) -> None:
+    layer, encoded = _layer(weight, None)
+    assert layer.is_streamed
+    x = torch.randn(3, 37)
+    with torch.no_grad():
+        wide = nn.functional.linear(x.double(), encoded.dequantize(torch.float64), layer.bias.double())
+        assert layer(x.double()).equal(wide)  # float64 stays float64
+    learnt = x.clone().requires_grad_()
+    y = layer(learnt)
+    y.sum().backward()
+    torch.testing.assert_close(learnt.grad, encoded.dequantize().sum(0).expand(3, -1))
+    torch.testing.assert_close(y.detach(), layer(x))
+
+
+def test_a_multiplier_reaches_streamed_weights() -> None:
+    encoded = encode(_weight(6, 37), "int4:g16")
+    factors = torch.rand(37) + 0.5
+    layer = QLinear(encoded, (6, 37), None, None, factors)
+    x = torch.randn(4, 37)
+    torch.testing.assert_close(layer(x), (x * factors) @ encoded.dequantize().t())
+
+
+@pytest.mark.parametrize("weight", ["uint4:row:affine", "int8:row", "int3:row", "ovp4-mix:g16", "int4:g12"])
+def test_what_cannot_be_streamed_is_decoded(weight: str) -> None:
+    assert not _layer(weight, None)[0].is_streamed

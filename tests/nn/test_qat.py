@@ -276,7 +276,7 @@ def test_a_linear_twin_becomes_the_layer_it_was(weight: str, activation: str | N
     layer = twin.eval().to_quantized()
     assert layer.qweight().dequantize().equal(twin.fake_weight())
     expected = twin(x).detach()
-    if layer.is_integer:
+    if layer.is_integer or layer.is_streamed:
         assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     else:
         assert layer(x).equal(expected)

@@ -15,6 +15,7 @@ import evenbits
 from evenbits.demo.model import DigitNet, calibration_digits, evaluation_digits, load_digit_net
 from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
+from evenbits.nn.linear import QLinear
 from evenbits.nn.qat import FakeQuantizer, QATConv2d, QATLayer, QATLinear
 from evenbits.pipeline.qat import convert_qat, prepare_qat
 
@@ -82,7 +83,8 @@ def test_training_recovers_what_rounding_lost(name: str, gain: float, tmp_path: 
     with torch.no_grad():
         expected = model(images)
         convert_qat(model)
-        assert model(images).equal(expected)
+        y = model(images)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)  # the last layer sums in another order
     assert _accuracy(model) == after
     assert not any(isinstance(module, QATLayer) for module in model.modules())
     bits = int(name[-1])
@@ -94,7 +96,7 @@ def test_training_recovers_what_rounding_lost(name: str, gain: float, tmp_path: 
     evenbits.save(model, tmp_path / "out")
     again = evenbits.load(tmp_path / "out", model=load_digit_net())
     with torch.no_grad():
-        assert again(images).equal(expected)
+        assert again(images).equal(y)
 
 
 def test_a_twin_starts_as_rounding_leaves_the_layer() -> None:
@@ -104,7 +106,7 @@ def test_a_twin_starts_as_rounding_leaves_the_layer() -> None:
     prepare_qat(model, scheme)
     images, _ = evaluation_digits()
     with torch.no_grad():
-        assert model(images).equal(rounded(images))
+        torch.testing.assert_close(model(images), rounded(images), rtol=1e-5, atol=1e-5)  # sums in another order
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_every_symmetric_preset_trains_and_converts(scheme: str) -> None:
         assert float((miss > 1e-3).float().mean()) < 0.02
         assert float(miss.max()) < 0.1
     else:
-        assert float(miss.max()) == 0
+        assert float(miss.max()) < (1e-4 if isinstance(model.fc, QLinear) and model.fc.is_streamed else 1e-12)
 
 
 def test_modes_are_kept_and_parameters_taken_over() -> None:

@@ -59,6 +59,12 @@ def linear_pair_float(
     return apply_activation(y_MN, activation).to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
 
+def served_by(device: str) -> str:
+    """Who computes `linear_pair_float` on a device."""
+    chosen = dispatch.backend(device)
+    return chosen if chosen in ("c", "reference") else "torch float32, decoded in panels"
+
+
 def _by_panels(
     x_MK: torch.Tensor,
     weight_OB: torch.Tensor,

@@ -1,8 +1,10 @@
 """`QLinear`: a linear layer whose weight is integer codes.
 
 With quantized activations the product runs in integers (kernels/ops.py); packed 4-bit weights are decoded inside it,
-a piece at a time. Without (weight-only), and for values that are no integers (NormalFloat), the weight is decoded for
-each call and the product runs in float: bytes are saved, time is not; `is_integer` says which.
+a piece at a time. Without (weight-only), and for values that are no integers (NormalFloat), packed 4-bit weights meet
+float activations, again from their bytes (`is_streamed`). What is left is decoded whole for each call and multiplied in
+float, which saves bytes and takes time: zero points, other widths, activations in float64, and inputs that want a
+gradient.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from evenbits.kernels.ops import linear_pair, linear_w8a8
-from evenbits.kernels.pair_codes import pair_codes
+from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_w8a8
+from evenbits.kernels.pair_codes import float_codes, pair_codes
 from evenbits.nn.base import QuantizedLayer
 
 
@@ -43,11 +45,15 @@ class QLinear(QuantizedLayer):
         """Whether the product runs in integers."""
         return self.is_packed or super().is_integer
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether float activations are multiplied with the weight's packed 4-bit bytes (kernels/weight_only.py)."""
+        return not self.is_integer and not isinstance(float_codes(self.weight_format, self.in_features), str)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Linear's word: it may be called by keyword
         x = self.arranged(self.checked(input))
         if not self.is_integer or self.input_format is None:
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(self.quantized_input(x), self.qweight().dequantize(x.dtype), bias)
+            return self._float_product(x)
         if self.is_packed:
             return linear_pair(
                 x,
@@ -72,4 +78,20 @@ class QLinear(QuantizedLayer):
             scale=self.input_scale,
             zero_point=self.input_zero_point,
             weight_sum=self.weight_sum,
+        )
+
+    def _float_product(self, x: torch.Tensor) -> torch.Tensor:
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if x.dtype == torch.float64 or learns or not self.is_streamed:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(self.quantized_input(x), self.qweight().dequantize(x.dtype), bias)
+        plain = self.input_format is None
+        return linear_pair_float(
+            x if plain else self.quantized_input(x),
+            self.weight,
+            self.weight_scale,
+            self.weight_format,
+            self.bias,
+            global_scale=self.weight_global_scale,
+            multiplier=self.input_multiplier if plain else None,
         )

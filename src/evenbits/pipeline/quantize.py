@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from evenbits.evaluation.memory import model_bytes, peak_bytes
-from evenbits.kernels import dispatch
+from evenbits.kernels import dispatch, weight_only
 from evenbits.nn.base import QuantizedLayer
+from evenbits.nn.linear import QLinear
 from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.prepare import Prepared, preparing
 from evenbits.pipeline.result import LayerRow, Result
@@ -101,10 +102,14 @@ def _result(model: nn.Module, prepared: Prepared, plans: list[LayerPlan]) -> Res
 
 def _backend(layers: list[QuantizedLayer]) -> str:
     """Who computes the products: integers where the formats allow, and how many layers that is."""
-    integer = sum(layer.is_integer for layer in layers)
+    device, integer = layers[0].weight.device.type, sum(layer.is_integer for layer in layers)
     if not integer:
-        return "float product of decoded weights"
-    chosen = dispatch.choice(layers[0].weight.device.type)
+        streamed = sum(isinstance(layer, QLinear) and layer.is_streamed for layer in layers)
+        if not streamed:
+            return "float product of decoded weights"
+        some = "" if streamed == len(layers) else f" in {streamed} of {len(layers)} layers, decoded in the others"
+        return f"float product of packed weights by {weight_only.served_by(device)}{some}"
+    chosen = dispatch.choice(device)
     rest = "" if integer == len(layers) else f" in {integer} of {len(layers)} layers, float products in the others"
     return f"{chosen.backend}{rest} ({chosen.reason})"
 

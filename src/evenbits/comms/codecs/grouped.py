@@ -9,7 +9,8 @@ What. Elements are rounded to b-bit integers relative to a scale per group, per 
 
 for int1 … int16 and uint1 … uint16 (offset: up to 8 bits, since its zero points are int16). `tensor` is one group,
 `row` one group per index of all but the last dimension, `gN` N neighbours of the flattened tensor: a feature map whose
-last dimension is 7 would otherwise pay a scale for every seven elements. Symmetric uint formats are for tensors without negative values. `int1` is the sign (sign.py).
+last dimension is 7 would otherwise pay a scale for every seven elements. Symmetric uint formats are for tensors without
+negative values. `int1` is the sign (sign.py).
 `:stochastic` rounds up with the probability of the fraction, so that the error's mean is zero, from `generator`
 (affine, offset: with 2^b − 2 steps, so that no end is clipped).
 

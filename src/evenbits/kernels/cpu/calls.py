@@ -118,9 +118,7 @@ def linear(
     return y
 
 
-def _output_args(
-    args: LinearArgs, y: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation: str
-) -> None:
+def _output_args(args: LinearArgs, y: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation: str) -> None:
     outputs = weight.bytes.shape[0]
     args.y, args.y_type, args.outputs, args.bias = y.data_ptr(), args.x_type, outputs, _ptr(bias)
     args.weight, args.weight_stride = weight.bytes.data_ptr(), weight.bytes.stride(0)

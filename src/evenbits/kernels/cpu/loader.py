@@ -27,7 +27,8 @@ VARIABLE = "EVENBITS_CPU_VARIANT"
 _REBUILD = "run `make kernels` in the checkout, or reinstall evenbits with a C compiler (cc, gcc or clang) on the path"
 
 _POINTERS = (
-    "x multiplier scale zero_point weight weight_scale global_scale bias weight_sum y codes row_scales row_zeros values tables"
+    "x multiplier scale zero_point weight weight_scale global_scale bias weight_sum y codes row_scales row_zeros "
+    "values tables"
 )
 _INTEGERS = (
     "rows columns outputs x_type y_type x_stride weight_kind weight_stride scale_type scale_stride group affine "

@@ -24,7 +24,9 @@
 #define F_BYTES (F_COLUMNS / 2)
 #define F_PARTS (F_LANES / F_WIDTH)
 #define F_OUTPUTS 32    /* of a task */
+#ifndef F_PANEL
 #define F_PANEL 8192    /* floats of a panel: it stays in the L1 cache */
+#endif
 #define F_FEW 4         /* rows up to which a panel is narrow and long: weights are read in long pieces */
 #define F_ROW_BLOCK 128 /* rows of x that are arranged together */
 #ifndef F_UNROLL
