@@ -61,13 +61,14 @@ class Setting:
 
 def plan(seeds: int, **options: int) -> Iterator[Setting]:
     """The runs, what matters most first: the coarse grids and the interventions, the same grids at other widths, then
-    the other methods, and with one seed the widths between.
+    the other methods, with one seed the widths between, and last the interventions at 4 bits.
     """
     grids, others = ("minmax", "zero"), ("multi", "grouped")
     blocks = [(8, (*METHODS, *INTERVENTIONS), seeds), (6, (*grids, *INTERVENTIONS), seeds)]
     blocks += [(bits, grids, seeds) for bits in (4, 11, 16)]
-    blocks += [(6, others, 1), *((bits, others, seeds) for bits in (4, 11, 16)), (4, INTERVENTIONS, seeds)]
+    blocks += [(6, others, 1), *((bits, others, seeds) for bits in (4, 11, 16))]
     blocks += [(bits, METHODS, 1) for bits in (10, 12)]
+    blocks += [(4, INTERVENTIONS, seeds)]
     for seed in range(seeds):
         yield Setting("none", 32, seed, **options)
     for bits, methods, count in blocks:

@@ -2,6 +2,7 @@
 
     python benchmarks/linear_cpu.py [--json] [--repeat 40] [--shapes 1x768x3072,8x4096x4096]
                                     [--onnxruntime PYTHON]  a Python that has onnxruntime and onnx installed
+                                    [--floats]  instead: 4-bit weights and float32 activations (weight-only layers)
 
 Everything is included from float32 activations to float32 results: quantization, product, scales. Time is the process's
 CPU time, the 25th percentile of --repeat rounds; in each round every variant runs once, forwards and backwards by
@@ -22,7 +23,7 @@ import torch
 from machine import fingerprint
 
 from evenbits.kernels import report
-from evenbits.kernels.ops import linear_pair, linear_w8a8
+from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_w8a8
 from evenbits.numerics.encode import encode
 
 # rows x columns (inputs) x outputs
@@ -34,6 +35,7 @@ PACKED = {
     "evenbits int4, g128": "int4:g128",
     "evenbits ovp4, g32": "ovp4-int:g32:minmax",
 }
+WEIGHT_ONLY = {"ovp4, row": "ovp4-flint:row:minmax", "int4, g128": "int4:g128", "nf4, g64": "nf4:g64"}
 Variant = Callable[[], torch.Tensor]
 
 
@@ -65,6 +67,21 @@ def packed(x: torch.Tensor, weight: torch.Tensor, fmt: str) -> Variant:
     """Packed 4-bit weights and int8 activations."""
     q = encode(weight, fmt)
     return lambda: linear_pair(x, q.packed, q.scale, q.format, None, "int8:row", global_scale=q.global_scale)
+
+
+def weight_only(m: int, k: int, n: int) -> dict[str, Variant]:
+    """Name → one call: packed 4-bit weights and float activations, and the same decoded whole for each call."""
+    x, weight = torch.randn(m, k), torch.randn(n, k) * 0.05
+    half_x, half = x.bfloat16(), weight.bfloat16()
+    found: dict[str, Variant] = {
+        "torch float32": lambda: torch.nn.functional.linear(x, weight),
+        "torch bfloat16": lambda: torch.nn.functional.linear(half_x, half),
+    }
+    for name, fmt in WEIGHT_ONLY.items():
+        q = encode(weight, fmt)
+        found[f"evenbits {name}"] = lambda q=q: linear_pair_float(x, q.packed, q.scale, q.format, None)  # type: ignore[misc]
+        found[f"{name}, decoded whole for each call"] = lambda q=q: torch.nn.functional.linear(x, q.dequantize())  # type: ignore[misc]
+    return found
 
 
 def fbgemm(x: torch.Tensor, weight: torch.Tensor) -> Variant:
@@ -104,6 +121,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=40)
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--onnxruntime", metavar="PYTHON")
+    parser.add_argument("--floats", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -112,7 +130,7 @@ def main() -> None:
         for shape in options.shapes.split(","):
             m, k, n = map(int, shape.split("x"))
             repeat = options.repeat * (5 if m * k * n < 1 << 23 else 1)
-            columns[shape] = measure(variants(m, k, n), repeat)
+            columns[shape] = measure((weight_only if options.floats else variants)(m, k, n), repeat)
             if options.onnxruntime:
                 columns[shape]["ONNX Runtime MatMulNBits int4, g128"] = onnxruntime(options.onnxruntime, shape, repeat)
     if options.json:
