@@ -104,7 +104,7 @@ def measured(model: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     workers: dict[str, Worker] = {}
     rows: list[dict[str, Any]] = []
     try:
-        for variant in (name for name in VARIANTS if wanted(name, model, given.variant)):
+        for variant in (name for name in VARIANTS if wanted(name, given.variant)):
             if is_peer(variant) and given.peers is None:
                 rows += [missing(task, variant, "not measured: no --peers") for task in TASKS[model]]
                 continue
@@ -120,9 +120,7 @@ def measured(model: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def wanted(variant: str, model: str, texts: list[str] | None) -> bool:
-    if "head too" in variant and model == "bert":
-        return False
+def wanted(variant: str, texts: list[str] | None) -> bool:
     return texts is None or variant == "torch float32" or any(text in variant for text in texts)
 
 

@@ -61,8 +61,8 @@ def ours(model: nn.Module, scheme: Any) -> nn.Module:
     return model
 
 
-def four_bits(weights: str, head: bool = False) -> dict[str, Any]:
-    return {"weights": weights, "input_activations": "int8:row", **({"ignore": []} if head else {})}
+def four_bits(weights: str) -> dict[str, Any]:
+    return {"weights": weights, "input_activations": "int8:row"}
 
 
 def fbgemm(model: nn.Module) -> nn.Module:
@@ -154,8 +154,6 @@ MODULES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "evenbits W8A8": lambda model: ours(model, "W8A8"),
     "evenbits W4A8_OVP": lambda model: ours(model, four_bits(OVP)),
     "evenbits int4 weights, int8 activations": lambda model: ours(model, four_bits(INT4)),
-    "evenbits W8A8, head too": lambda model: ours(model, {**four_bits("int8:row"), "ignore": []}),
-    "evenbits W4A8_OVP, head too": lambda model: ours(model, four_bits(OVP, head=True)),
     "torchao int8 dynamic": lambda model: torchao(model, 8),
     "torchao int4 weights": lambda model: torchao(model, 4),
     "bitsandbytes nf4, bfloat16": bitsandbytes,

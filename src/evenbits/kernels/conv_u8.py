@@ -5,13 +5,13 @@
 On CPUs with VNNI it is torch's own oneDNN convolution, which accumulates in int32. The input's zero point is taken
 off here, through the bias (− xs·ws·xz·Σ w) and explicit padding: oneDNN would sum it up again in every call, which
 takes 1.3 to 8 times as long. Exact while |Σ x·w| and |xz·Σ w| stay below 2²⁴, beyond that within roundings of the
-larger of them. Three shapes are kept from it (torch 2.13), all found by tests: windows that lie in padding alone
-crash it (https://github.com/uxlfoundation/oneDNN/issues/5942), few channels and padding give wrong borders
-(https://github.com/uxlfoundation/oneDNN/issues/5080), so both are padded here; and an output one column wide under a
-wider kernel is wrong, so that (small) case is the float convolution. Elsewhere a float convolution of the codes,
-exact and slow, says so through `report_conv`. uint8 is oneDNN's activation type: with int8 activations it refuses or
-runs a reference loop. Without VNNI its uint8 kernels add pairs of products in 16 bits and saturate silently, so they
-are not used there.
+larger of them. Two kinds of shapes are kept from it (torch 2.13), both found by tests: windows that lie in padding
+alone crash it (https://github.com/uxlfoundation/oneDNN/issues/5942) and are padded here; an output one column wide
+under a wider kernel is wrong, and that (small) case is the float convolution. With its own zero points a few channels
+beside padding had wrong borders, too (https://github.com/uxlfoundation/oneDNN/issues/5080). Elsewhere a float
+convolution of the codes, exact and slow, says so through `report_conv`. uint8 is oneDNN's activation type: with int8
+activations it refuses or runs a reference loop. Without VNNI its uint8 kernels add pairs of products in 16 bits and
+saturate silently, so they are not used there.
 N: images, C: channels, H, W: height, width, O: out channels, g: groups.
 """
 
@@ -29,7 +29,6 @@ from evenbits.errors import EvenbitsError
 from evenbits.kernels.quantize import parse_format, quantize_rows
 from evenbits.kernels.torch_int8 import without_autocast
 
-_FEW_CHANNELS = 16
 _BYTES = parse_format("int8:tensor:affine")
 ACTIVATIONS = ("none", "relu", "relu6")
 _library = torch.library.Library("evenbits", "FRAGMENT")
@@ -101,10 +100,10 @@ def _conv2d_u8(
 
 
 def _padding_is_safe(x: torch.Tensor, weight: torch.Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether oneDNN may pad by itself: not a few channels, and no window that lies in padding alone (or nearly so)."""
+    """Whether oneDNN may pad by itself: no window lies in padding alone (or nearly so)."""
     sizes = x.shape[2:], weight.shape[2:], padding, dilation
     inside = all(p < k and d * (k - 1) < n for n, k, p, d in zip(*sizes, strict=True))
-    return not any(padding) or (inside and weight.shape[1] >= _FEW_CHANNELS)
+    return not any(padding) or inside
 
 
 def exact_product(
