@@ -109,15 +109,40 @@ def test_without_it_a_lost_terminal_ends_a_command_cleanly(tmp_path: Path, numbe
     assert {path.name for path in tmp_path.iterdir()} <= {"nets.py", "slow", "begun", "__pycache__"}
 
 
+def test_an_interrupt_that_was_swallowed_comes_again_and_leaves_cleaning_up_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(detach, "_REPEAT_EVERY", 0.05)
+    swallowed = cleaned = 0
+    with pytest.raises(ValueError), detach.ending_cleanly():
+        for _ in range(2):
+            try:
+                if not swallowed:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                until(lambda: False)
+            except BaseException as error:  # what some library does
+                assert isinstance(error, KeyboardInterrupt)
+                swallowed += 1
+        try:
+            until(lambda: False)
+        finally:  # Six repeats come in here, and do nothing.
+            for _ in range(30):
+                time.sleep(0.01)
+                cleaned += 1
+            raise ValueError("that a command raised instead")
+    assert (swallowed, cleaned) == (2, 30)
+
+
 def test_an_ignored_hang_up_stays_ignored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with detach.ending_cleanly():
+        with pytest.raises(KeyboardInterrupt), detach.ending_cleanly():
             os.kill(os.getpid(), signal.SIGHUP)
-            with pytest.raises(KeyboardInterrupt):
+            try:
                 os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)  # the second does not disturb the end
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # the second does not disturb the end
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == before
     finally:
         signal.signal(signal.SIGHUP, old)

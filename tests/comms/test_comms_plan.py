@@ -73,5 +73,5 @@ def test_real_codecs_on_this_machine() -> None:
 def test_what_makes_no_pipeline() -> None:
     with pytest.raises(EvenbitsError, match="at least 2 stages"):
         plan(["fp16"], shape=(8,), net=Network(1e6), stages=1)
-    with pytest.raises(EvenbitsError, match="int9"):
-        plan(["int9:g128"], shape=(8,), net=Network(1e6))
+    with pytest.raises(EvenbitsError, match="int17"):
+        plan(["int17:g128"], shape=(8,), net=Network(1e6))

@@ -69,7 +69,7 @@ def test_every_recipe_of_the_package_is_one() -> None:
         ("cuts: stem", "must be a list of names"),
         ("steps: many", "must be int"),
         ("steps: true", "must be int"),
-        ("forward: int9:g128", "int9"),
+        ("forward: int17:g128", "int17"),
         ("{batch: 10, microbatches: 4}", "cannot be cut into 4"),
         ("- a", "keys and values"),
         ("a: [", "is not YAML"),

@@ -12,6 +12,7 @@ a sweep goes on later where it was.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import re
@@ -27,6 +28,7 @@ from typing import IO, Any
 
 _INSIDE = "EVENBITS_DETACHED"  # the command's own word that it runs detached already
 _PROGRESS_EVERY = 30.0  # seconds
+_REPEAT_EVERY = 1.0  # seconds
 _PARTS = re.compile(r"([^\r\n]*)(\r?\n|\r|$)")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -90,16 +92,26 @@ def _now() -> str:
 @contextlib.contextmanager
 def ending_cleanly() -> Iterator[None]:
     """Inside the block SIGTERM and a lost terminal (SIGHUP) interrupt as Ctrl-C does, once: what is removed then is
-    removed whole. A hang-up that is ignored already (nohup, --detach) stays ignored."""
+    removed whole. Such a signal comes but once, so an interrupt that some library swallowed on its way is repeated. A
+    hang-up that is ignored already (nohup, --detach) stays ignored."""
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     before = {number: signal.getsignal(number) for number in numbers}
+    raised: list[KeyboardInterrupt] = []
+    ended = threading.Event()
 
-    def interrupt(_: int, __: object) -> None:
-        for number in replaced:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
+    def repeat(number: signal.Signals) -> None:
+        while not ended.wait(_REPEAT_EVERY):
+            _thread.interrupt_main(number)
+
+    def interrupt(number: int, _: object) -> None:
+        if not raised:
+            threading.Thread(target=repeat, args=(signal.Signals(number),), daemon=True).start()
+        elif _is_handled(raised[-1]):
+            return
+        raised[:] = [KeyboardInterrupt()]
+        raise raised[-1]
 
     replaced = [number for number, handler in before.items() if handler == signal.SIG_DFL]
     for number in replaced:
@@ -107,8 +119,17 @@ def ending_cleanly() -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         for number in replaced:
             signal.signal(number, before[number])
+
+
+def _is_handled(interrupt: KeyboardInterrupt) -> bool:
+    """Whether the running code is cleaning up after this interrupt, or after an exception that arose from it."""
+    error = sys.exc_info()[1]
+    while error is not None and error is not interrupt:
+        error = error.__context__
+    return error is interrupt
 
 
 class Lines:
