@@ -22,7 +22,7 @@ from evenbits.graph.trace import trace
 from evenbits.nn.base import QuantizedLayer
 from evenbits.pipeline.plan import plan_layers
 from evenbits.pipeline.watch import without_cache
-from evenbits.schemes.scheme import Scheme
+from evenbits.schemes.scheme import Scheme, resolve
 
 V, D = 64, 32
 _TEXT: dict[str, Any] = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -240,6 +240,30 @@ def test_gpt2_conv1d_layers_are_quantized_and_folded(smoothed: Any) -> None:
     assert statuses(result)["transformer.h.0.attn.c_attn"] == statuses(result)["transformer.h.1.mlp.c_fc"] == "folded"
     tied = next(row for row in result.layers if row.name == "lm_head")
     assert tied.status == "float" and "tied to transformer.wte.weight" in tied.reason
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize(("scheme", "method"), [("W8A8", "smoothquant"), ("W8A8", "rtn"), ("W4A8_OVP", "olive")])
+@torch.no_grad()
+def test_a_head_tied_to_the_embedding_is_quantized_on_request(
+    family: str, scheme: str, method: str, tmp_path: Path
+) -> None:
+    model, batch = model_of(family)
+    before, embedding = logits(model, batch), model.get_input_embeddings().weight
+    float_head = model.lm_head
+    assert float_head.weight is embedding
+    result = evenbits.quantize(model, scheme=resolve(scheme).with_head(), method=method, data=[batch])
+    assert isinstance(model.lm_head, QuantizedLayer) and model.get_input_embeddings().weight is embedding
+    assert any("lm_head is quantized from a copy of its own" in note for note in result.notes)
+    row = next(row for row in result.quantized if row.name == "lm_head")
+    assert row.shape == (V, D) and row.weight_bytes < V * D * 1.2
+    assert relative(logits(model, batch), before) < (0.05 if scheme == "W8A8" else 0.5)
+    if method != "smoothquant":  # which folds channel factors into the norm before the head
+        x = torch.randn(3, D)
+        assert 0 < relative(model.lm_head(x), float_head(x)) < (0.02 if scheme == "W8A8" else 0.2)
+    loaded = evenbits.load(evenbits.save(model, tmp_path / "out", result=result))
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    assert loaded.get_input_embeddings().weight.equal(embedding) and isinstance(loaded.lm_head, QuantizedLayer)
 
 
 def test_fused_experts_are_layers_and_the_router_a_line_with_a_reason(smoothed: Any) -> None:

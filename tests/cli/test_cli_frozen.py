@@ -29,6 +29,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--sequence-length": (128, True),
         "--batch-size": (8, True),
         "--ignore": (None, True),
+        "--head": (False, False),
         "--dtype": ("float32", True),
         "--probe": (False, False),
         "--only-faster": (False, False),

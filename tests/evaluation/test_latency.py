@@ -72,6 +72,26 @@ def test_a_cache_that_cannot_be_cut_is_refused() -> None:
         one_token(lambda **_: SimpleNamespace(past_key_values=()), torch.zeros(1, 2, dtype=torch.long))
 
 
+@pytest.mark.parametrize("word", ["cache", "past_key_values"])
+def test_the_cache_is_handed_on_under_the_models_own_word(word: str) -> None:
+    kept, seen = SimpleNamespace(crop=lambda count: seen.append(count)), []
+
+    class Model(torch.nn.Module):
+        if word == "cache":
+
+            def forward(self, input_ids: Any, cache: Any = None, use_cache: bool = True) -> Any:
+                seen.append(cache)
+                return SimpleNamespace(cache=kept)
+        else:
+
+            def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> Any:
+                seen.append(past_key_values)
+                return SimpleNamespace(past_key_values=kept)
+
+    one_token(Model(), torch.zeros(1, 2, dtype=torch.long))()
+    assert seen == [None, kept, -1]
+
+
 def test_the_machine_is_named() -> None:
     found = machine()
     assert found["cores"] >= 1 and found["torch"] == str(torch.__version__) and found["processor"]

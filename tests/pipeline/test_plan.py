@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from evenbits.pipeline.plan import (
     LayerPlan,
     outside_readers,
     plan_layers,
+    untied,
     unwatched_readers,
     weight_OI,
     weight_shape,
@@ -134,6 +137,26 @@ def test_a_tied_weight_stays_float_and_names_its_partner() -> None:
     found = lines(model)
     assert found["head"].reason == "its weight is tied to embed.weight"
     assert found["other"].reason == ""
+
+
+@pytest.mark.parametrize("order", [("embed", "head"), ("head", "embed")])
+def test_a_scheme_may_quantize_what_is_tied_to_embeddings_only(order: tuple[str, str]) -> None:
+    parts = {"embed": nn.Embedding(10, 8), "head": nn.Linear(8, 10)}
+    model = nn.ModuleDict({**{name: parts[name] for name in order}, "again": nn.Embedding(10, 8)})
+    model["head"].weight = model["again"].weight = model["embed"].weight
+    scheme = replace(SCHEME, tied=True)
+    plans = {plan.name: plan for plan in plan_layers(model, scheme)}
+    assert set(plans) == {"embed.weight", "head"} and plans["embed.weight"].reason.startswith("embedding")
+    assert plans["head"].reason == "" and plans["head"].channels.in_channels == 8
+    assert untied(model, [plans["head"]]) == (
+        "head is quantized from a copy of its own; the float weight stays in embed.weight, again.weight.",
+    )
+    ignored = {plan.name: plan for plan in plan_layers(model, replace(scheme, ignore=("head",)))}
+    assert "tied to embed.weight" in ignored["head"].reason and ignored["head"].layout is None
+    model["other"] = nn.Linear(8, 10)
+    model["other"].weight = model["embed"].weight
+    both = {plan.name: plan for plan in plan_layers(model, scheme)}
+    assert "tied to" in both["head"].reason and "tied to" in both["other"].reason
 
 
 def test_two_linears_with_one_weight_both_stay_float() -> None:

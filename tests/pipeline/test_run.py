@@ -172,6 +172,11 @@ def test_the_first_batch_of_a_stream_is_not_lost() -> None:
     assert run_module._peek(iter([]))[0] is None and run_module._peek([])[0] is None
 
 
+def test_the_head_is_taken_off_the_list_on_request(factory: str, tmp_path: Path) -> None:
+    run = go(f"{factory}:build", tmp_path / "out", method="rtn", ignore=("3",), head=True)
+    assert run.result.scheme["ignore"] == ["3"] and run.result.scheme["tied"] is True
+
+
 def test_ignored_names_are_added_to_the_schemes(factory: str, tmp_path: Path) -> None:
     run = go(f"{factory}:build", tmp_path / "out", method="rtn", ignore=("3",))
     assert [row.name for row in run.result.quantized] == ["1"]

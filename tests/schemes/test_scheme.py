@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from dataclasses import replace
 
 import pytest
 
 from evenbits.errors import EvenbitsError
 from evenbits.numerics.format import Format
 from evenbits.schemes.presets import PRESETS
-from evenbits.schemes.scheme import Scheme, resolve
+from evenbits.schemes.scheme import LayerFormats, Scheme, resolve
 
 
 def _format(spelling: str) -> Format:
@@ -95,6 +96,7 @@ def test_a_scheme_is_passed_through_and_takes_spellings() -> None:
         ({"weights": "int8:row", "ignore": None}, "'ignore' must be a list"),
         ({"weights": "int8:row", "ignore": 7}, "'ignore' must be a list"),
         ({"weights": "int8:row", "ignore": [1]}, "'ignore' must be a list"),
+        ({"weights": "int8:row", "tied": "yes"}, "'tied' must be true or false; given 'yes'"),
         ({"weights": "int8:row", "dynamic": "no"}, "'dynamic' must be true or false; given 'no'"),
         ({"weights": "int8:row", "dynamic": 0}, "'dynamic' must be true or false"),
         (
@@ -163,6 +165,12 @@ def test_files_that_are_no_schemes(tmp_path: pathlib.Path, name: str, text: str 
 def test_ignore(name: str, ignored: bool) -> None:
     scheme = Scheme(_format("int8:row"), ignore=("lm_head", "*.classifier", "layers.?.q", "encoder.k"))
     assert scheme.ignores(name) is ignored
+
+
+def test_with_head_takes_lm_head_off_the_list_and_nothing_else() -> None:
+    scheme = Scheme(_format("int8:row"), ignore=("lm_head", "a"), overrides=(("a", LayerFormats(_format("int4:row"))),))
+    assert scheme.with_head() == replace(scheme, ignore=("a",), tied=True)
+    assert resolve(scheme.with_head().to_json()) == scheme.with_head() == scheme.with_head().with_head()
 
 
 def test_nothing_is_ignored_by_an_empty_list() -> None:

@@ -41,6 +41,9 @@ BatchSize = Annotated[int, typer.Option(help="Calibration batch size.", min=1)]
 Ignore = Annotated[
     list[str] | None, typer.Option(help="A layer to keep in float: name, last part or glob. Repeatable.")
 ]
+Head = Annotated[
+    bool, typer.Option("--head", help="Quantize the output head (lm_head) too, also one tied to the embedding.")
+]
 Dtype = Annotated[str, typer.Option(help="Type of what stays float: float32, float16, bfloat16.")]
 Probe = Annotated[
     bool, typer.Option("--probe", help="Time each layer's shape here first; name layers slower quantized.")

@@ -7,6 +7,7 @@ length after each token, so that every call does the same work; cutting makes vi
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -87,17 +88,24 @@ def is_causal(model: Any) -> bool:
 @torch.inference_mode()
 def one_token(model: Callable[..., Any], ids: torch.Tensor) -> Call:
     """One token of each sequence behind a cache of `ids` [B, T]. Raises EvenbitsError if the cache cannot be cut."""
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    word = _cache_word(model)
+    cache = getattr(model(input_ids=ids, use_cache=True), word)
     if not hasattr(cache, "crop"):
         raise EvenbitsError(f"a {type(cache).__name__} cannot be cut back: one token cannot be timed again and again.")
     last = ids[:, -1:]
 
     def call() -> Any:
-        answer = model(input_ids=last, past_key_values=cache, use_cache=True)
+        answer = model(input_ids=last, use_cache=True, **{word: cache})
         cache.crop(-1)  # the one token off again
         return answer
 
     return call
+
+
+def _cache_word(model: Callable[..., Any]) -> str:
+    """What a model calls its cache: "cache" from transformers 5.24 on, where the older word is a deprecated one."""
+    parameters = inspect.signature(getattr(getattr(model, "_orig_mod", model), "forward", model)).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def machine() -> dict[str, Any]:

@@ -102,12 +102,42 @@ def _lines(model: nn.Module, scheme: Scheme, owners: dict[int, list[str]]) -> It
             full_name = f"{name}.{parameter_name}" if name else parameter_name
             if layout is not None and parameter_name == "weight":
                 # The same module in two places is one layer; two modules with one weight are tied.
-                owned = [o for o in owners[id(parameter)] if model.get_submodule(o.rpartition(".")[0]) is not module]
-                bound = _bound(name, owned) or _burden(module)
+                others = _others(model, module, owners[id(parameter)])
+                free = scheme.tied and not scheme.ignores(name) and _only_embeddings(model, others)
+                bound = _bound(name, [] if free else others) or _burden(module)
                 reason = bound or ("ignored by the scheme" if scheme.ignores(name) else "")
                 yield LayerPlan(name, layout.kind, weight_shape(module), reason, None if bound else layout)
-            elif parameter.ndim >= 2 and full_name == owners[id(parameter)][0]:
+            elif parameter.ndim >= 2 and full_name == _first_matrix(model, owners[id(parameter)]):
                 yield LayerPlan(full_name, type(module).__name__, tuple(parameter.shape), _foreign(module))
+
+
+def _others(model: nn.Module, module: nn.Module, names: list[str]) -> list[str]:
+    """Of the names of one parameter those that are not `module`'s."""
+    return [name for name in names if model.get_submodule(name.rpartition(".")[0]) is not module]
+
+
+def _only_embeddings(model: nn.Module, names: list[str]) -> bool:
+    return all(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) for name in names)
+
+
+def _first_matrix(model: nn.Module, names: list[str]) -> str:
+    """The name under which a parameter that is no layer's weight has its line: not a layer's, if it has another."""
+    return next((name for name in names if layout_of(model.get_submodule(name.rpartition(".")[0])) is None), names[0])
+
+
+def untied(model: nn.Module, plans: list[LayerPlan]) -> tuple[str, ...]:
+    """What to know of the layers to be quantized whose weight is an embedding's too. Before they are replaced."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    notes = []
+    for plan in plans:
+        module = model.get_submodule(plan.name)
+        if others := _others(model, module, owners[id(module.get_parameter("weight"))]):
+            notes.append(
+                f"{plan.name} is quantized from a copy of its own; the float weight stays in {', '.join(others)}."
+            )
+    return tuple(notes)
 
 
 def _bound(name: str, others: list[str]) -> str:

@@ -25,7 +25,7 @@ from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.norms import folded_norms
 from evenbits.pipeline.only_faster import probed
-from evenbits.pipeline.plan import LayerPlan, plan_layers
+from evenbits.pipeline.plan import LayerPlan, plan_layers, untied
 from evenbits.pipeline.solve import Solved, solve
 from evenbits.pipeline.unfuse import Unfusing, unfused
 from evenbits.pipeline.watch import Watched, watch
@@ -35,7 +35,7 @@ from evenbits.schemes.scheme import Scheme, resolve
 @dataclass(frozen=True)
 class Prepared:
     """Layers and folds that are ready to be swapped in, and how they came about. parts: what was taken apart; norms:
-    what to know about norms that were folded; speeds: what a probe found."""
+    what to know about norms that were folded; ties: about tied weights; speeds: what a probe found."""
 
     scheme: Scheme
     methods: Methods
@@ -47,6 +47,7 @@ class Prepared:
     cost: SearchCost
     parts: Unfusing
     norms: tuple[str, ...]
+    ties: tuple[str, ...]
     speeds: tuple[str, ...]
 
     @property
@@ -117,7 +118,8 @@ def preparing(
         )
         with counting_cost() as cost:
             solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
-        yield Prepared(scheme, methods, plans, batches, watched, balanced, solved, cost, parts, norms, tuple(speeds))
+        found = (untied(model, chosen), tuple(speeds))
+        yield Prepared(scheme, methods, plans, batches, watched, balanced, solved, cost, parts, norms, *found)
 
 
 def refuse_quantized(model: nn.Module, caller: str) -> None:

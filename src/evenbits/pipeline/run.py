@@ -61,6 +61,7 @@ def quantize_to_folder(
     length: int,
     batch_size: int,
     ignore: tuple[str, ...],
+    head: bool = False,
     dtype: str,
     overwrite: bool,
     probe: bool = False,
@@ -72,7 +73,7 @@ def quantize_to_folder(
     The checkpoint is read back into a fresh model before it gets its name; the tensors and the outputs on a calibration
     batch must be equal bit for bit. Raises EvenbitsError, with nothing written, for whatever goes wrong.
     """
-    resolved = resolve(scheme)
+    resolved = resolve(scheme).with_head() if head else resolve(scheme)
     resolved = replace(resolved, ignore=(*resolved.ignore, *ignore))
     method = default_method(resolved) if method is None else method
     methods = Methods.parse(method, options)

@@ -72,6 +72,8 @@ class Scheme:
     input_activations: format of every quantized layer's input, or None to leave activations in float.
     dynamic:           True: activation scales from each input; False: one calibrated scale per layer.
     ignore:            names of layers kept in float: whole names, last parts, or globs ("*.classifier").
+    tied:              True: a layer whose weight is an embedding's too (mostly the output head) is quantized like any
+                       other, from a copy of its own; the embedding keeps the float weight. False: it stays float.
     overrides:         pattern (matched as in `ignore`) → mapping of the keys above, for layers that differ. Kept as
                        pairs of pattern and LayerFormats, in order: the first that matches a layer is its own.
     """
@@ -80,6 +82,7 @@ class Scheme:
     input_activations: Format | None = None
     dynamic: bool = True
     ignore: tuple[str, ...] = ("lm_head",)
+    tied: bool = False
     overrides: tuple[tuple[str, LayerFormats], ...] = ()
 
     def __post_init__(self) -> None:
@@ -89,7 +92,14 @@ class Scheme:
         if not isinstance(self.ignore, (list, tuple)) or not all(isinstance(name, str) for name in self.ignore):
             raise EvenbitsError(f"scheme key 'ignore' must be a list of layer names; given {self.ignore!r}.")
         object.__setattr__(self, "ignore", tuple(self.ignore))
+        if not isinstance(self.tied, bool):
+            raise EvenbitsError(f"scheme key 'tied' must be true or false; given {self.tied!r}.")
         object.__setattr__(self, "overrides", _overrides(self.overrides, formats))
+
+    def with_head(self) -> Scheme:
+        """The same scheme, the output head quantized too: `lm_head` is not ignored, nor are layers tied to an
+        embedding."""
+        return replace(self, ignore=tuple(name for name in self.ignore if name != "lm_head"), tied=True)
 
     def ignores(self, name: str) -> bool:
         """Whether the layer `name` is kept in float by `ignore`."""
@@ -115,6 +125,7 @@ class Scheme:
         return {
             **self.formats[0].to_json(),
             "ignore": list(self.ignore),
+            "tied": self.tied,
             "overrides": {pattern: formats.to_json() for pattern, formats in self.overrides},
         }
 
