@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from collapse_quantizers import INTERVENTIONS, METHODS, Quantizer, quantizer
+from collapse_quantizers import INTERVENTIONS, METHODS, SETS, Quantizer, quantizer
 from collapse_report import report
 from machine import fingerprint
 from torch import Tensor, nn
@@ -52,14 +52,16 @@ class Setting:
     rate: float = 0.01
     train: int = 4096
     test: int = 500
+    direction: str = "both"  # or "forward": activations only, "backward": gradients only
 
     @property
     def name(self) -> str:
         """The name of its file."""
-        return f"{self.method}-{self.bits}-seed{self.seed}-{self.size}px-{self.steps}steps"
+        one_way = "" if self.direction == "both" else f"-{self.direction}"
+        return f"{self.method}-{self.bits}{one_way}-seed{self.seed}-{self.size}px-{self.steps}steps"
 
 
-def plan(seeds: int, **options: int) -> Iterator[Setting]:
+def plan(seeds: int, **options: Any) -> Iterator[Setting]:
     """The runs, what matters most first: the coarse grids and the interventions, the same grids at other widths, then
     the other methods, with one seed the widths between, and last the interventions at 4 bits.
     """
@@ -75,6 +77,13 @@ def plan(seeds: int, **options: int) -> Iterator[Setting]:
         for seed in range(count):
             for method in methods:
                 yield Setting(method, bits, seed, **options)
+    for seed in range(seeds):  # which direction hurts at 4 bits
+        for method in ("minmax", "zero", "grouped"):
+            for direction in ("forward", "backward"):
+                yield Setting(method, 4, seed, direction=direction, **options)
+    for parts in SETS:  # how many parts are reasonable at 8 bits
+        for seed in range(seeds):
+            yield Setting(f"multi8x{parts}", 8, seed, **options)
 
 
 class Cut(nn.Module):
@@ -111,11 +120,12 @@ def cuts(setting: Setting) -> tuple[Cut, Cut]:
     """After the stem and after the last convolution."""
 
     def made() -> Cut:
-        if setting.method == "none":
-            return Cut(lambda x: x, lambda x: x)
         # An intervention changes the gradient's mean error; its activations are those of the grid it starts from.
-        there = setting.method.partition("-")[0]
-        return Cut(quantizer(there, setting.bits), quantizer(setting.method, setting.bits))
+        there, back = setting.method.partition("-")[0], setting.method
+        return Cut(
+            quantizer("none" if setting.direction == "backward" else there, setting.bits),
+            quantizer("none" if setting.direction == "forward" else back, setting.bits),
+        )
 
     return made(), made()
 

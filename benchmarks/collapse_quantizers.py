@@ -30,6 +30,7 @@ Quantizer = Callable[[Tensor], Tensor]
 # True bits → bits inside a part and parts. 11 and 8 are the settings of the experiment that is explained.
 PARTS = {4: (2, 4), 6: (4, 4), 8: (4, 16), 10: (7, 8), 11: (8, 8), 12: (8, 16), 16: (12, 16)}
 METHODS = ("minmax", "zero", "multi", "grouped")
+SETS = (1, 2, 4, 8, 16, 32, 64)  # parts of 8 bits each, spelled multi8xP: 8 + log2 P true bits and their grids
 INTERVENTIONS = ("minmax-centred", "minmax-channels", "zero-shifted")
 _GROUP = 128
 
@@ -87,8 +88,12 @@ def grouped(x: Tensor, bits: int) -> Tensor:
 
 def quantizer(method: str, bits: int) -> Quantizer:
     """The quantizer of a method at so many true bits."""
+    if method == "none":
+        return lambda x: x
     if method in INTERVENTIONS:
         return _intervention(method, bits)
+    if method.startswith("multi") and method != "multi":
+        return coded(method)
     if method == "multi":
         inside, parts = PARTS[bits]
         return coded(f"multi{inside}x{parts}") if inside <= 8 else lambda x: multi(x, inside, parts)
