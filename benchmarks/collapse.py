@@ -2,6 +2,7 @@
 
     python benchmarks/collapse.py --data DIR --out RUNS             # every run that RUNS does not hold yet
     python benchmarks/collapse.py --out RUNS --table                # the tables of docs/collapse.md from RUNS
+    python benchmarks/collapse.py --out RUNS --picture FILE.svg     # the curves
     python benchmarks/collapse.py --data DIR --out RUNS --smoke     # 20 steps of two runs
 
 MobileNetV2 (ImageNet weights, live BatchNorm: training/mobilenet.py) is fine-tuned on CIFAR-10. At two cuts, after the
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from collapse_quantizers import INTERVENTIONS, METHODS, SETS, Quantizer, quantizer
-from collapse_report import report
+from collapse_report import jsonl, report
 from machine import fingerprint
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -218,19 +219,47 @@ def summary(cut: Cut) -> dict[str, Any]:
     return {**values, "dc_ratio_max": max((f["dc_ratio"] for f in found), default=None)}
 
 
+def read(out: Path) -> list[dict[str, Any]]:
+    """The runs of a folder (a JSON file each) or of a file (a line each)."""
+    if out.is_dir():
+        return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    return read_lines(out.read_text())
+
+
+def read_lines(text: str) -> list[dict[str, Any]]:
+    """The runs of a JSON-lines file."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def tell(given: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """What was asked for of the runs that exist."""
+    if given.table:
+        print(report(runs))
+    if given.lines:
+        given.lines.write_text(jsonl(runs), encoding="utf-8")
+    if given.picture:
+        from collapse_picture import draw
+
+        draw(runs, given.picture)
+
+
 def main() -> None:
     """Makes the runs that are missing, or prints the report of those that exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that holds cifar10 and mobilenetv2_imagenet")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, one JSON file each")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs, one JSON file each; or a JSON-lines file"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--size", type=int, default=48, help="pixels")
     parser.add_argument("--table", action="store_true", help="print the tables and make no run")
+    parser.add_argument("--lines", type=Path, help="write the runs into one JSON-lines file")
+    parser.add_argument("--picture", type=Path, help="draw the curves")
     parser.add_argument("--smoke", action="store_true", help="two runs of 20 steps, for the tests")
     given = parser.parse_args()
-    if given.table:
-        print(report([json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))]))
+    if given.table or given.picture or given.lines:
+        tell(given, read(given.out))
         return
     if given.data is None:
         parser.error("--data names the folder of the data; nothing is downloaded")

@@ -5,8 +5,9 @@ zero       the same with zero in the range and on the grid
 multi      equal-count parts of the sorted elements, a min/max grid in each
 grouped    a symmetric grid per 128 elements
 
-Up to 8 bits these are the codecs of evenbits.comms.codecs, decode(encode(x)). Those end at 8 bits; above, the same
-formulas are evaluated without making bytes: what is studied there is the error, and nothing is saved.
+Up to 8 bits these are the codecs of evenbits.comms.codecs, decode(encode(x)). Above, the same formulas are evaluated in
+double precision without making bytes: what is studied there is the error. Codecs of the same widths exist; they round
+their metadata, so that a few elements fall on the neighbouring point.
 
 Three more change ONE thing about the error of a gradient, its mean, and leave the rest as it is:
 

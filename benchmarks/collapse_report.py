@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -32,9 +33,27 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def report(runs: list[Run]) -> str:
-    """Markdown: the ends of the curves, and the predictors with and without interventions."""
-    plain = [r for r in runs if "-" not in r["method"]]
-    return "\n\n".join([results(runs), predictors(plain, "quantizers"), predictors(runs, "with interventions")])
+    """Markdown: the ends of the curves, the predictors with and without interventions, and where there are such runs,
+    what each direction does alone and how many parts are reasonable."""
+    runs = [{"direction": "both", **r} for r in runs]
+    sets = [r for r in runs if r["method"].startswith("multi8x")]
+    one_way = [r for r in runs if r["direction"] != "both"]
+    grids = [r for r in runs if r not in sets and r not in one_way]
+    plain = [r for r in grids if "-" not in r["method"]]
+    parts = [results(grids), predictors(plain, "quantizers"), predictors(grids, "with interventions")]
+    if one_way:
+        pairs = {(r["method"], r["bits"]) for r in one_way}
+        parts.append(
+            results([r for r in grids if (r["method"], r["bits"]) in pairs or r["method"] == "none"] + one_way)
+        )
+    if sets:
+        parts.append(results([r for r in grids if r["method"] == "none"] + sets))
+    return "\n\n".join(parts)
+
+
+def jsonl(runs: list[Run]) -> str:
+    """The runs, a line each, without what can be left out."""
+    return "".join(json.dumps(run, separators=(",", ":")) + "\n" for run in runs)
 
 
 def _text(value: float | None, digits: int) -> str:
@@ -63,12 +82,13 @@ def results(runs: list[Run]) -> str:
         name: i
         for i, name in enumerate(("none", "minmax", "minmax-centred", "minmax-channels", "zero", "zero-shifted"))
     }
-    keys = sorted({(-r["bits"], order.get(r["method"], 9), r["method"]) for r in runs})
-    for bits, _, method in keys:
-        same = sorted((r for r in runs if r["bits"] == -bits and r["method"] == method), key=lambda r: r["seed"])
+    keys = sorted({(-r["bits"], order.get(r["method"], 9), _parts(r["method"]), r["direction"]) for r in runs})
+    for bits, _, (_, method), direction in keys:
+        kind = (-bits, method, direction)
+        same = sorted((r for r in runs if (r["bits"], r["method"], r["direction"]) == kind), key=lambda r: r["seed"])
         cells = [
             str(-bits),
-            method,
+            method if direction == "both" else f"{method}, {direction} only",
             _each(same, lambda r: r["loss"], 2),
             _each(same, lambda r: None if r["accuracy"] is None else 100 * r["accuracy"], 0),
             _each(same, lambda r: r["stem"]["snr_db"], 1),
@@ -78,6 +98,12 @@ def results(runs: list[Run]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _parts(method: str) -> tuple[int, str]:
+    """What puts multi8x2 before multi8x16."""
+    count = method.rpartition("x")[2]
+    return int(count) if count.isdigit() else 0, method
 
 
 def drift(run: Run) -> float:

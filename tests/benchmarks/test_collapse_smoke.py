@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "collapse.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
+import collapse  # noqa: E402
 import collapse_quantizers as q  # noqa: E402
 import collapse_report as r  # noqa: E402
 
@@ -38,6 +39,48 @@ def test_formulas_above_eight_bits_are_the_codecs_below(bits: int) -> None:
         assert share < (0.02 if method != "grouped" else 0.05), (method, share)
     inside, parts = q.PARTS[bits]
     assert float((q.quantizer("multi", bits)(x) - q.multi(x, inside, parts)).abs().max()) < 0.05 * step
+
+
+@pytest.mark.parametrize("bits", [10, 11, 12])
+def test_codecs_above_eight_bits_follow_the_formulas(bits: int) -> None:
+    x = tails(5)
+    step = float((x.max() - x.min()) / (2**bits - 1))
+    for spec, formula in ((f"uint{bits}:tensor:affine:free", q.minmax), (f"uint{bits}:tensor:affine", q.zero)):
+        apart = (q.coded(spec)(x) - formula(x, bits)).abs()
+        assert float(apart.max()) < 1.3 * step and float((apart > 0.3 * step).double().mean()) < 0.1, spec
+
+
+def test_one_direction_and_sets_of_parts_have_names_and_tables_of_their_own() -> None:
+    settings = list(collapse.plan(2, size=32))
+    assert len({setting.name for setting in settings}) == len(settings)
+    one_way = [s for s in settings if s.direction != "both"]
+    assert {s.direction for s in one_way} == {"forward", "backward"} and {s.bits for s in one_way} == {4}
+    stem = {"snr_db": 1.0, "dc_ratio": 2.0, "dc_ratio_max": 3.0}
+    runs = [
+        {
+            "method": m,
+            "bits": 8,
+            "seed": 0,
+            "direction": d,
+            "loss": 1.0,
+            "accuracy": 0.5,
+            "bias_norm": [1, 2],
+            "stem": stem,
+        }
+        for m, d in (("multi8x16", "both"), ("multi8x2", "both"), ("minmax", "both"), ("minmax", "forward"))
+    ]
+    runs = [{**run, "size": 32, "steps": 2} for run in runs]
+    first, _, _, ways, sets = r.report(runs).split("\n\n")
+    assert "only" not in first and "multi8x" not in first
+    assert "| 8 | minmax, forward only |" in ways and sets.index("multi8x2 ") < sets.index("multi8x16 ")
+    assert collapse.read_lines(r.jsonl(runs)) == runs
+
+
+def test_a_cut_quantizes_the_asked_direction_only() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    for direction, changed in (("both", (True, True)), ("forward", (True, False)), ("backward", (False, True))):
+        stem, _ = collapse.cuts(collapse.Setting("minmax", 4, 0, direction=direction))
+        assert (not stem.there(x).equal(x), not stem.back(x).equal(x)) == changed
 
 
 def test_parts_cost_what_the_table_says() -> None:
