@@ -14,7 +14,8 @@ from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
 from evenbits.pipeline.bench import Wish, bench
 from evenbits.pipeline.bench_inputs import Inputs, items
-from evenbits.pipeline.variants import decoded, peers, served
+from evenbits.pipeline.peers import PEERS, peers
+from evenbits.pipeline.variants import decoded, served
 
 SOURCE = """
 import torch
@@ -49,7 +50,8 @@ def test_every_variant_is_in_the_table_once_and_each_missing_peer_is_named(net: 
     assert names == list(dict.fromkeys(names))
     assert names[:4] == ["evenbits", "evenbits byte chains", "float32", "bfloat16"]
     told = " ".join(found.notes)
-    for peer in ("torch dynamic int8", "onnxruntime dynamic int8", "openvino float"):
+    assert {"torchao int8 dynamic", "openvino NNCF int8"} < set(PEERS)
+    for peer in PEERS:
         assert peer in names or f"{peer}: not measured" in told
     assert "hand on bytes" in told
     (base,) = (row for row in found.speed if row.variant == "float32")

@@ -81,6 +81,40 @@ def test_the_layer_that_is_timed_has_the_formats_of_the_scheme(slow_down: list[S
     assert slow_down and isinstance(model.up, QuantizedLayer)
 
 
+def test_every_shape_is_told_before_anything_is_converted(
+    slow_down: list[Shape], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evenbits.pipeline import prepare
+
+    told: list[str] = []
+
+    def solve(*_: Any, **__: Any) -> Any:
+        told.append(capsys.readouterr().err)
+        raise EvenbitsError("enough")
+
+    monkeypatch.setattr(prepare, "solve", solve)
+    with pytest.raises(EvenbitsError, match="enough"):
+        evenbits.quantize(Net(), method="rtn", data=DATA, probe=True, progress=True)
+    assert "probe, first batch: up and 1 more: Linear 32×8 on 32×8: 300 µs in float, 100 µs quantized, 3.00x" in told[0]
+    assert "warning: slower quantized" in told[0]
+
+
+def test_a_model_that_writes_is_probed_with_one_token_too(slow_down: list[Shape]) -> None:
+    net = Net()
+    net.can_generate = lambda: True  # type: ignore[assignment]
+    result = evenbits.quantize(net, method="rtn", data=DATA, probe=True)
+    assert [(row.work, row.shape, row.layers) for row in result.probe if "Linear" in row.shape] == [
+        ("first batch", "Linear 32×8 on 32×8", ("up", "again")),
+        ("first batch", "Linear 8×32 on 32×32", ("down",)),
+        ("one token", "Linear 32×8 on 1×8", ("up", "again")),
+        ("one token", "Linear 8×32 on 1×32", ("down",)),
+    ]
+    assert any(
+        "one token at a time, 2 of 3 layers are faster" in note and "slower: down" in note for note in result.notes
+    )
+    assert result.to_json()["probe"][0]["ratio"] == 3.0
+
+
 def test_nothing_is_probed_unless_asked_and_nothing_changes(slow_down: list[Shape]) -> None:
     models = [Net(), Net()]
     models[1].load_state_dict(models[0].state_dict())

@@ -11,6 +11,9 @@ from evenbits.cli import options
 from evenbits.cli.output import emit, note, working
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from evenbits.pipeline.result import Result
     from evenbits.pipeline.run import Run
 
 
@@ -93,6 +96,8 @@ def _show(run: Run, model: str) -> None:
             + ", ".join(f"{row.name} ({row.output_sqnr_db:.1f} dB)" for row in worst)
             + ". To keep one in float: --ignore NAME."
         )
+    if result.probe:
+        show(_speeds(result), "")
     if result.notes:
         show(*result.notes, "")
     ratio = result.weight_bytes / result.float_weight_bytes
@@ -108,6 +113,25 @@ def _show(run: Run, model: str) -> None:
     )
     given = ", the_float_model" if is_python(model) else ""
     show(f"      python -c \"import evenbits; model = evenbits.load('{run.path}'{given})\"")
+
+
+def _speeds(result: Result) -> Table:
+    from evenbits.reporting.tables import table
+
+    columns = ["layers", "shape", "work", "float µs", "quantized µs", "×", "quartiles"]
+    rows = [
+        (
+            row.layers[0] if len(row.layers) == 1 else f"{row.layers[0]} and {len(row.layers) - 1} more",
+            row.shape,
+            row.work,
+            row.float_seconds * 1e6,
+            row.quantized_seconds * 1e6,
+            f"{row.ratio:.2f}",
+            f"{row.low:.2f} … {row.high:.2f}",
+        )
+        for row in result.probe
+    ]
+    return table("Speed of each shape, measured before conversion", columns, rows, left=3)
 
 
 def _output_sqnr(row: Any) -> float:

@@ -22,7 +22,8 @@ from evenbits.nn.conv import QConv2d
 from evenbits.pipeline.bench_inputs import Inputs, items
 from evenbits.pipeline.fuse import fuse
 from evenbits.pipeline.peak import Job, Peak, measured_apart
-from evenbits.pipeline.variants import Variant, decoded, float_variants, on_device, peers, served, to_type
+from evenbits.pipeline.peers import peers
+from evenbits.pipeline.variants import Variant, decoded, float_variants, on_device, served, to_type
 
 OURS, FUSED, FLOAT = "evenbits", "evenbits byte chains", "float32"
 

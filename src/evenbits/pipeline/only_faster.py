@@ -8,15 +8,18 @@ where that was asked for.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
+from evenbits.evaluation.latency import is_causal
 from evenbits.kernels.probe import Shape, Speed, probe
 from evenbits.nn.conv import QConv
 from evenbits.nn.layout import layout_of
@@ -27,6 +30,7 @@ from evenbits.numerics.qtensor import QTensor
 from evenbits.observers.calibrate import watching
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.plan import LayerPlan
+from evenbits.pipeline.result import ProbeRow
 from evenbits.schemes.scheme import LayerFormats, Scheme
 
 _ROWS = 8  # of random weights that are really encoded; the rest repeats them: searching scales takes long
@@ -43,15 +47,40 @@ class Case:
 
 @dataclass(frozen=True)
 class Forecast:
-    """speeds: of each layer that was measured; unmeasured: why the others were not."""
+    """speeds: of each layer that was measured; unmeasured: why the others were not; cases: what was measured; tokens:
+    speeds with a single row, for models that write token by token."""
 
     speeds: Mapping[str, Speed]
     unmeasured: Mapping[str, str]
+    cases: Mapping[str, Case]
+    tokens: Mapping[str, Speed]
 
     @property
     def losers(self) -> dict[str, str]:
         """Layers that would be slower quantized (name → by how much)."""
         return {name: told(speed) for name, speed in self.speeds.items() if not speed.wins}
+
+    @property
+    def rows(self) -> tuple[ProbeRow, ...]:
+        """What was measured, a row for all layers of a shape."""
+        alike: dict[tuple[str, Shape, Speed], list[str]] = {}
+        for name, speed in self.speeds.items():
+            alike.setdefault(("first batch", self.cases[name].shape, speed), []).append(name)
+        for name, speed in self.tokens.items():
+            alike.setdefault(("one token", _one_row(self.cases[name]).shape, speed), []).append(name)
+        return tuple(
+            ProbeRow(
+                work,
+                tuple(names),
+                str(shape),
+                speed.float_seconds,
+                speed.deployed_seconds,
+                speed.ratio,
+                speed.low,
+                speed.high,
+            )
+            for (work, shape, speed), names in alike.items()
+        )
 
     def notes(self, *, kept: bool) -> tuple[str, ...]:
         """Sentences for the result. kept: losers stay float."""
@@ -64,9 +93,9 @@ class Forecast:
             f"({ratios[0]:.2f}x … {ratios[-1]:.2f}x of float; {one.threads} thread{'s' * (one.threads > 1)}, "
             f"{one.clock} time)."
         )
-        missing = (
-            (f"probe: {len(self.unmeasured)} not measured: {_first(self.unmeasured)}.",) if self.unmeasured else ()
-        )
+        missing = self._token_note()
+        if self.unmeasured:
+            missing += (f"probe: {len(self.unmeasured)} not measured: {_first(self.unmeasured)}.",)
         if not self.losers:
             return (head, *missing)
         by_ratio: dict[str, list[str]] = {}  # layers of one shape were measured once
@@ -80,6 +109,18 @@ class Forecast:
             *missing,
         )
 
+    def _token_note(self) -> tuple[str, ...]:
+        if not self.tokens:
+            return ()
+        ratios = sorted(speed.ratio for speed in self.tokens.values())
+        slower = [name for name, speed in self.tokens.items() if not speed.wins]
+        losers = f"; slower: {', '.join(slower)}" if slower else ""
+        text = (
+            f"probe: one token at a time, {len(ratios) - len(slower)} of {len(ratios)} layers are faster quantized "
+            f"({ratios[0]:.2f}x … {ratios[-1]:.2f}x of float{losers})."
+        )
+        return (text,)
+
 
 def told(speed: Speed) -> str:
     """A loser's line in the plan."""
@@ -91,13 +132,32 @@ def told(speed: Speed) -> str:
 
 
 def probed(
-    model: nn.Module, plans: list[LayerPlan], batches: Batches | None, scheme: Scheme, *, wanted: bool, keep: bool
-) -> tuple[list[LayerPlan], tuple[str, ...]]:
-    """The plans and notes of `only_faster`, if it was asked for; without `keep` the plans stay as they are."""
+    model: nn.Module,
+    plans: list[LayerPlan],
+    batches: Batches | None,
+    scheme: Scheme,
+    *,
+    wanted: bool,
+    keep: bool,
+    progress: bool = False,
+) -> tuple[list[LayerPlan], tuple[str, ...], tuple[ProbeRow, ...]]:
+    """The plans, notes and rows of `only_faster`, if it was asked for; without `keep` the plans stay as they are.
+    progress: say at once, on standard error, what was found: conversion only begins now."""
     if not wanted and not keep:
-        return plans, ()
+        return plans, (), ()
     fewer, forecast = only_faster(model, plans, batches, scheme)
-    return fewer if keep else plans, forecast.notes(kept=keep)
+    notes, rows = forecast.notes(kept=keep), forecast.rows
+    for line in (*(_line(row) for row in rows), *notes) if progress else ():
+        tqdm.write(line, file=sys.stderr)
+    return fewer if keep else plans, notes, rows
+
+
+def _line(row: ProbeRow) -> str:
+    more = f" and {len(row.layers) - 1} more" if len(row.layers) > 1 else ""
+    return (
+        f"probe, {row.work}: {row.layers[0]}{more}: {row.shape}: {row.float_seconds * 1e6:.0f} µs in float, "
+        f"{row.quantized_seconds * 1e6:.0f} µs quantized, {row.ratio:.2f}x ({row.low:.2f} … {row.high:.2f})"
+    )
 
 
 def only_faster(
@@ -114,14 +174,16 @@ def only_faster(
             "data=[batch, …]."
         )
     cases, unmeasured = _cases(model, plans, batches, scheme)
-    owners = {case: name for name, case in reversed(cases.items())}
+    tokens = {name: _one_row(case) for name, case in cases.items() if is_causal(model) and case.shape.kind == "Linear"}
+    owners = {case: name for name, case in reversed([*cases.items(), *tokens.items()])}
     share = seconds / max(1, len(owners))
     speeds: dict[Case, Speed] = {}
     with torch.random.fork_rng(devices=[]):  # random weights here change nothing later
         for case, name in owners.items():
             layer = deployed(model.get_submodule(name), case)
             (speeds[case],) = probe([case.shape], lambda _, to=layer: to, seconds=share).values()  # type: ignore[misc]
-    forecast = Forecast({name: speeds[case] for name, case in cases.items()}, unmeasured)
+    found, singly = ({name: speeds[case] for name, case in which.items()} for which in (cases, tokens))
+    forecast = Forecast(found, unmeasured, cases, singly)
     losers = forecast.losers
     return [replace(plan, reason=plan.reason or losers.get(plan.name, "")) for plan in plans], forecast
 
@@ -149,6 +211,11 @@ def _cases(
     with watching(model, names, see):
         batches.runs()[0]()
     return found, unmeasured
+
+
+def _one_row(case: Case) -> Case:
+    """The same layer on a single row: one token of one sequence."""
+    return replace(case, shape=replace(case.shape, input=(1, case.shape.input[-1])))
 
 
 def _shape(module: nn.Module, x: torch.Tensor) -> Shape | None:

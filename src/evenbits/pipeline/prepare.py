@@ -26,6 +26,7 @@ from evenbits.pipeline.methods import Methods, default_method
 from evenbits.pipeline.norms import folded_norms
 from evenbits.pipeline.only_faster import probed
 from evenbits.pipeline.plan import LayerPlan, plan_layers, untied
+from evenbits.pipeline.result import ProbeRow
 from evenbits.pipeline.solve import Solved, solve
 from evenbits.pipeline.unfuse import Unfusing, unfused
 from evenbits.pipeline.watch import Watched, watch
@@ -35,7 +36,7 @@ from evenbits.schemes.scheme import Scheme, resolve
 @dataclass(frozen=True)
 class Prepared:
     """Layers and folds that are ready to be swapped in, and how they came about. parts: what was taken apart; norms:
-    what to know about norms that were folded; ties: about tied weights; speeds: what a probe found."""
+    what to know about norms that were folded; ties: about tied weights; speeds, probe: what was found before."""
 
     scheme: Scheme
     methods: Methods
@@ -49,6 +50,7 @@ class Prepared:
     norms: tuple[str, ...]
     ties: tuple[str, ...]
     speeds: tuple[str, ...]
+    probe: tuple[ProbeRow, ...]
 
     @property
     def chosen(self) -> list[LayerPlan]:
@@ -109,7 +111,8 @@ def preparing(
     ):
         plans = parts.explained(plan_layers(model, scheme))
         plans, watched = watch(model, plans, batches, scheme, methods)
-        plans, speeds = probed(model, plans, batches, scheme, wanted=probe, keep=only_faster)
+        asked = {"wanted": probe, "keep": only_faster, "progress": progress}
+        plans, speeds, rows = probed(model, plans, batches, scheme, **asked)
         chosen = [plan for plan in plans if not plan.reason]
         if not chosen:
             raise EvenbitsError(_nothing_to_do(plans))
@@ -118,7 +121,7 @@ def preparing(
         )
         with counting_cost() as cost:
             solved = solve(model, chosen, scheme, methods, balanced, watched, progress=progress)
-        found = (untied(model, chosen), tuple(speeds))
+        found = (untied(model, chosen), speeds, rows)
         yield Prepared(scheme, methods, plans, batches, watched, balanced, solved, cost, parts, norms, *found)
 
 

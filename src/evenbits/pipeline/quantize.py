@@ -97,6 +97,7 @@ def _result(model: nn.Module, prepared: Prepared, plans: list[LayerPlan]) -> Res
         search=prepared.cost,
         calibration_batches=0 if prepared.watched is None else prepared.watched.batches,
         notes=(*prepared.speeds, *prepared.parts.notes(model), *prepared.norms, *prepared.ties, *balanced.notes),
+        probe=prepared.probe,
     )
 
 

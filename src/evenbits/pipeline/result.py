@@ -43,10 +43,25 @@ class RegionRow:
 
 
 @dataclass(frozen=True)
+class ProbeRow:
+    """Layers of one shape, timed before conversion. work: "first batch" or "one token"; seconds: of one call; ratio:
+    float / quantized, above 1 the quantized one is faster; low, high: quartiles of the rounds' own ratios."""
+
+    work: str
+    layers: tuple[str, ...]
+    shape: str
+    float_seconds: float
+    quantized_seconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Result:
     """A quantization run. Bytes: `weight_bytes` are codes, scales, zero points and row sums of the quantized layers,
     `float_weight_bytes` four bytes for each of their elements, `model_bytes` the whole model now. search: what looking
-    for scales took."""
+    for scales took; probe: speeds that were measured before conversion, if asked for."""
 
     scheme: dict[str, Any]
     method: str
@@ -62,6 +77,7 @@ class Result:
     search: SearchCost
     calibration_batches: int
     notes: tuple[str, ...] = field(default=())
+    probe: tuple[ProbeRow, ...] = field(default=())
 
     @property
     def quantized(self) -> tuple[LayerRow, ...]:

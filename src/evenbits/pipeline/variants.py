@@ -1,17 +1,13 @@
-"""What a quantized model is timed against: the float model, bfloat16, and the int8 of other libraries.
+"""What `bench` times: a quantized model, who computes each of its layers, and the float model in float32 and bfloat16.
 
-A peer is taken if it is installed, and named if it is not: an absent figure must not look like a won one.
+Other libraries are in peers.py.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import tempfile
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +23,6 @@ from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import QConv, QConv2d
 from evenbits.nn.linear import QLinear
 from evenbits.nn.replace import replace_modules
-
-PEERS = ("torch dynamic int8", "onnxruntime dynamic int8", "openvino float")
-_PACKAGES = {"onnxruntime dynamic int8": ("onnxruntime", "onnx", "onnxscript"), "openvino float": ("openvino",)}
 
 
 @dataclass(frozen=True)
@@ -81,89 +74,6 @@ def float_variants(model: nn.Module) -> list[Variant]:
         Variant("float32", model, model_bytes(model)),
         Variant("bfloat16", half, model_bytes(half), "bfloat16"),
     ]
-
-
-def peers(model: nn.Module, batch: Any) -> tuple[list[Variant], list[str]]:
-    """Other libraries' versions of a float model, and a sentence for each that is missing, with the reason."""
-    found, notes = [], []
-    for name in PEERS:
-        absent = [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
-        if absent:
-            notes.append(f"{name}: not measured ({', '.join(absent)} not installed).")
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # deprecations of the peers' own
-                found.append(_BUILDERS[name](model, batch))
-        except Exception as error:  # whatever a peer raises for a model it cannot take
-            reason = " ".join(str(error).split())[:160]
-            notes.append(f"{name}: not measured ({type(error).__name__}: {reason}).")
-            if isinstance(error, MemoryError):
-                raise
-    return found, notes
-
-
-def _torch_dynamic(model: nn.Module, _: Any) -> Variant:
-    if not any(isinstance(module, nn.Linear) for module in model.modules()):
-        raise EvenbitsError("it quantizes linear layers only, and the model has none")
-    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-    return Variant("torch dynamic int8", quantized, None)
-
-
-def _exported(model: nn.Module, batch: Any, path: Path) -> list[str]:
-    kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-    args = () if kwargs else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    config = getattr(model, "config", None)
-    caching = getattr(config, "use_cache", None)
-    if config is not None:
-        config.use_cache = False
-    try:
-        torch.onnx.export(model, args, str(path), kwargs=kwargs or None, dynamo=True, verbose=False)
-    finally:
-        if config is not None:
-            config.use_cache = caching
-    return list(kwargs)
-
-
-def _onnxruntime(model: nn.Module, batch: Any) -> Variant:
-    runtime = importlib.import_module("onnxruntime")
-    quantization = importlib.import_module("onnxruntime.quantization")
-    with tempfile.TemporaryDirectory() as folder:
-        plain, small = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
-        _exported(model, batch, plain)
-        quantization.quantize_dynamic(str(plain), str(small), weight_type=quantization.QuantType.QInt8)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = runtime.InferenceSession(str(small), options, providers=["CPUExecutionProvider"])
-        names, nbytes = [given.name for given in session.get_inputs()], small.stat().st_size
-
-    def run(*args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        given = [kwargs[name] for name in names] if kwargs else args
-        return session.run(None, {n: x.numpy() for n, x in zip(names, given, strict=True)})
-
-    return Variant("onnxruntime dynamic int8", run, nbytes, any_shape=False)
-
-
-def _openvino(model: nn.Module, batch: Any) -> Variant:
-    library = importlib.import_module("openvino")
-    example = dict(batch) if isinstance(batch, Mapping) else batch
-    converted = library.convert_model(model, example_input=example)
-    compiled = library.compile_model(
-        converted, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    )
-
-    def run(*args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        given: Any = {name: x.numpy() for name, x in kwargs.items()} if kwargs else [x.numpy() for x in args]
-        return compiled(given)
-
-    return Variant("openvino float", run, None, any_shape=False)
-
-
-_BUILDERS: dict[str, Callable[[nn.Module, Any], Variant]] = {
-    "torch dynamic int8": _torch_dynamic,
-    "onnxruntime dynamic int8": _onnxruntime,
-    "openvino float": _openvino,
-}
 
 
 def served(model: nn.Module) -> dict[str, str]:

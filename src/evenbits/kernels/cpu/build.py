@@ -103,8 +103,10 @@ def build(folder: Path = HERE, *, sanitize: bool = False) -> Path:
 
 
 def platform_tag() -> str:
-    """The wheel tag of a library built here: any Python 3, this platform."""
-    return "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    """The wheel tag of a library built here: any Python 3, this platform. A macOS Python for two processors builds for
+    the one that it runs on."""
+    here = sysconfig.get_platform().replace("universal2", platform.machine())
+    return "py3-none-" + here.replace("-", "_").replace(".", "_")
 
 
 def _accepts(cc: list[str], flags: list[str], scratch: Path) -> bool:
