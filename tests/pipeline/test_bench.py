@@ -58,6 +58,7 @@ def test_every_variant_is_in_the_table_once_and_each_missing_peer_is_named(net: 
     assert base.speedup == 1.0 and base.unit == "samples"
     ours = next(row for row in found.memory if row.variant == "evenbits")
     assert ours.weight_bytes is not None and ours.weight_bytes < found.memory[2].weight_bytes / 3  # type: ignore[operator]
+    assert set(found.kernels) >= {"cpu"} and "(" in found.kernels["cpu"]
     assert set(found.layers) == {"0", "2", "5"} and json.loads(json.dumps(found.to_json()))
 
 
@@ -97,6 +98,15 @@ def test_decoded_layers_compute_what_weight_only_layers_do() -> None:
     with torch.no_grad():
         torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
     assert set(served(model).values()) == {"float product of decoded weights"}
+
+
+def test_groups_whose_sums_float32_cannot_hold_are_no_byte_products() -> None:
+    model = nn.Sequential(nn.Conv2d(2048, 2, 5, groups=2))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    evenbits.quantize(model, scheme="W8A8", method="rtn")
+    assert not model[0].takes_bytes
+    assert served(model)["0"].startswith("exact sums by windows")
 
 
 def test_a_peer_that_cannot_take_the_model_is_named_with_its_reason() -> None:

@@ -93,16 +93,24 @@ def _show(found: Bench) -> None:
     heads = ["variant", "weights", "peak resident", "of it before the model", "peak on the GPU"]
     figures = [(row.variant, _size(row.weight_bytes), *(_size(b) for b in _peaks(row.peak))) for row in found.memory]
     show(table("Memory", heads, figures, left=1), "")
-    counts: dict[str, int] = {}
-    for backend in found.layers.values():
-        counts[backend] = counts.get(backend, 0) + 1
-    show(*(f"{count} quantized layers: {backend}." for backend, count in counts.items()))
+    if found.layers:
+        owners: dict[str, list[str]] = {}
+        for name, backend in found.layers.items():
+            owners.setdefault(backend, []).append(name)
+        lines = [(backend, len(names), _listed(names)) for backend, names in owners.items()]
+        show(table("Who computes the quantized layers", ["by", "layers", "names"], lines, left=3), "")
+        show(*(f"Kernels on {device}: {text}." for device, text in found.kernels.items()))
     show(f"float32: {found.against}.", *found.notes)
     about = found.machine
     load = "" if about["load"] is None else f", load {about['load']:.1f} at the end"
     show(f"{about['processor']}, {about['cores']} cores, torch {about['torch']}{load}.")
     if "wall" in clocks:
         show("× float32 and per s are by the least of wall times (medians tell of other programs).")
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    more = f", and {len(names) - most} more (--json names all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _peaks(peak: object) -> tuple[int | None, int | None, int | None]:

@@ -205,12 +205,15 @@ class QConv2d(QConv):
 
     replaces, spatial, convolve = nn.Conv2d, 2, staticmethod(F.conv2d)
 
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether sums run in byte products: not those of groups whose sums float32 cannot hold in one piece."""
+        return self.groups == 1 or len(self._pieces()) == 1
+
     def _sums(self, codes: torch.Tensor) -> torch.Tensor:
-        if report_conv(codes.device.type)[0] != "onednn":
+        if report_conv(codes.device.type)[0] != "onednn" or not self.takes_bytes:
             return super()._sums(codes)
         pieces = self._pieces()
-        if len(pieces) > 1 and self.groups > 1:
-            return super()._sums(codes)
         zero = 0 if self.input_zero_point is None else int(self.input_zero_point)
         shifted = self._pad(codes, zero).view(torch.uint8).bitwise_xor(128)  # + 128, as uint8
         if len(pieces) == 1:

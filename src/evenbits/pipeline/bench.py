@@ -18,6 +18,7 @@ from evenbits.checkpoints.sources import Source, is_python, open_model
 from evenbits.errors import EvenbitsError
 from evenbits.evaluation.latency import Call, Latency, forward, is_causal, latencies, machine, one_token, threads_of
 from evenbits.evaluation.memory import model_bytes
+from evenbits.kernels import report
 from evenbits.nn.conv import QConv2d
 from evenbits.pipeline.bench_inputs import Inputs, items
 from evenbits.pipeline.fuse import fuse
@@ -54,7 +55,8 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class Bench:
-    """All that was measured, on what machine, and what was not, with the reason."""
+    """All that was measured, on what machine, and what was not, with the reason. layers: who computes each quantized
+    one; kernels: device → backend and why."""
 
     model: str
     against: str
@@ -62,6 +64,7 @@ class Bench:
     speed: tuple[SpeedRow, ...]
     memory: tuple[MemoryRow, ...]
     layers: dict[str, str]
+    kernels: dict[str, str]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +112,9 @@ def bench(
             say(f"Timing batch {size} with {threads} thread{'s' * (threads > 1)} …")
             speed += _timed(source, variants, base, wish, size, threads, notes)
     rows = _memory(model, factory, against, wish, variants, source.quantized, notes, say)
-    return Bench(model, name, machine(), tuple(speed), tuple(rows), served(source.model), tuple(dict.fromkeys(notes)))
+    kernels = {line.device: f"{line.backend} ({line.reason})" for line in report()}
+    by = served(source.model)
+    return Bench(model, name, machine(), tuple(speed), tuple(rows), by, kernels, tuple(dict.fromkeys(notes)))
 
 
 def _base(source: Source, model: str, against: str | None) -> tuple[nn.Module, str]:

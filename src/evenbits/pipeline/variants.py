@@ -87,7 +87,7 @@ def served(model: nn.Module) -> dict[str, str]:
             found[name] = f"linear_pair_float by {weight_only.served_by(device)}"
         elif not layer.is_integer:
             found[name] = "float product of decoded weights"
-        elif isinstance(layer, QConv2d):
+        elif isinstance(layer, QConv2d) and layer.takes_bytes:
             found[name] = f"conv2d_u8 by {report_conv(device)[0]}"
         elif isinstance(layer, QConv):
             found[name] = f"exact sums by windows ({dispatch.choice(device).backend}) or float32"
