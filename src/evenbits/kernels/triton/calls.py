@@ -94,7 +94,8 @@ def _quantized(
     zero = x_MK.new_empty(count, 1, dtype=torch.int32)
     if not count:
         return codes, scale, zero
-    block = min(_WHOLE_ROW, triton.next_power_of_2(columns))
+    stored = 2 * plane or columns
+    block = min(_WHOLE_ROW, triton.next_power_of_2(stored))
     _launch(
         quantize_kernel,
         (count,),
@@ -104,7 +105,7 @@ def _quantized(
         FINITE=rows.finite,
         PLANES=plane > 0,
         BLOCK=block,
-        BLOCKS=triton.cdiv(columns, block),
+        BLOCKS=triton.cdiv(stored, block),
         warps=max(1, min(8, block // 512)),
     )
     return codes, scale, zero
@@ -127,7 +128,7 @@ def linear(
     paired, wide = weight.kind > 1, weight.kind == WIDE_PAIRS
     decoder = int8_decoder(weight.tables, paired, False)
     rest = int8_decoder(weight.tables, paired, True) if wide else None
-    _pair(codes, (1, plane), weight, decoder, bias, activation, y, x_MK.shape[1], rest=rest, x_rows=(scale, zero if rows.affine else None))
+    _pair(codes, plane, weight, decoder, bias, activation, y, rest=rest, x_rows=(scale, zero if rows.affine else None))
     return y.to(x_MK.dtype)
     return y
 
@@ -201,26 +202,24 @@ def linear_float(
     dtype = torch.float32 if multiplier is not None else x_MK.dtype
     decoder = float_decoder(values, weight.kind > 1, dtype) or float_decoder(values, weight.kind > 1, torch.float32)
     assert decoder is not None
-    _pair(x_MK, (2, 1), weight, decoder, bias, activation, y, x_MK.shape[1], multiplier=multiplier)
+    _pair(x_MK, x_MK.shape[1], weight, decoder, bias, activation, y, multiplier=multiplier)
     return y.to(x_MK.dtype)
 
 
 def _pair(
     x: torch.Tensor,
-    step: tuple[int, int],
+    columns: int,
     weight: Weight,
     decoder: Decoder,
     bias: torch.Tensor | None,
     activation: str,
     y: torch.Tensor,
-    columns: int,
     *,
     rest: Decoder | None = None,
     x_rows: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     multiplier: torch.Tensor | None = None,
 ) -> None:
-    """step: from an even column to the next one, and to its odd neighbour. x_rows: scales of the rows, and their zero
-    points if they are affine."""
+    """columns: of x, or of one of its two planes. x_rows: scales of the rows, and zero points if they are affine."""
     rows, (outputs, width) = len(x), weight.bytes.shape
     tile, interpreted = tiles(rows, True, weight.group), loader.interpreted()
     scale = weight.scale.view(torch.uint8) if weight.scale.dtype == torch.float8_e4m3fn else weight.scale
@@ -229,10 +228,9 @@ def _pair(
         (triton.cdiv(outputs, tile.n), triton.cdiv(rows, tile.m)),
         *(x, weight.bytes, y, decoder.table(x.device), None if rest is None else rest.table(x.device)),
         *(*x_rows, multiplier, scale, weight.global_scale, None if x_rows[1] is None else weight.row_sum, bias),
-        *(rows, outputs, columns, width, x.stride(0), step[1], weight.bytes.stride(0)),
+        *(rows, outputs, columns, width, x.stride(0), weight.bytes.stride(0)),
         *(weight.scale.numel() // outputs if weight.scale.numel() > 1 else 0, float(weight.unit)),
         GROUP=weight.group // 2,
-        X_STEP=step[0],
         SCALE_KIND=_SCALES[weight.scale.dtype],
         SHIFT=decoder.shift,
         ACTIVATION=activation,

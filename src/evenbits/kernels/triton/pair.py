@@ -41,71 +41,89 @@ def _dot(weight, x, acc, IN_FLOAT32: tl.constexpr):
 
 
 @triton.jit
-def _balanced(x, multiplier, columns, mask):
+def _codes(x, m, first, in_group, rows, plane, x_stride, BLOCK_M: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr):
+    """int8 codes of W bytes' columns, even and odd, [W, M]: from two planes of each row, zeros between and behind."""
+    b = first + tl.arange(0, W)
+    mask = b < plane
+    if GROUP % W:
+        mask = mask & (in_group + tl.arange(0, W) < GROUP)
+    at = x + m[None, :].to(tl.int64) * x_stride + b[:, None]
+    mask = mask[:, None] & rows[None, :]
+    return tl.load(at, mask=mask, other=0), tl.load(at + plane, mask=mask, other=0)
+
+
+@triton.jit
+def _floats(x, multiplier, m, first, in_group, rows, K, x_stride, BLOCK_M: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Activations of W bytes' columns, even and odd, [W, M]: read as they lie, beside each other, and parted."""
+    k = 2 * first + tl.arange(0, 2 * W)
+    mask = k < K
+    if GROUP % W:
+        mask = mask & (2 * in_group + tl.arange(0, 2 * W) < 2 * GROUP)
+    found = tl.load(x + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=rows[:, None] & mask[None, :], other=0.0)
     if multiplier is not None:
-        x = x.to(tl.float32) * tl.load(multiplier + columns, mask=mask, other=0.0)[:, None]
-    return x
+        found = found.to(tl.float32) * tl.load(multiplier + k, mask=mask, other=0.0)[None, :]
+    even, odd = tl.split(tl.reshape(found, (BLOCK_M, W, 2)))
+    return tl.trans(even), tl.trans(odd)
 
 
 @triton.jit
 def _tile(
-    acc, x, x_step, x_odd, multiplier, weight, first, end, K, rows, outputs, table, rest, W: tl.constexpr, ASM: tl.constexpr, REST: tl.constexpr,
-    IN_FLOAT32: tl.constexpr,
+    acc, x, m, rows, multiplier, weight, outputs, first, in_group, B, K, x_stride, table, rest, GROUP: tl.constexpr,
+    ASM: tl.constexpr, REST: tl.constexpr, IN_FLOAT32: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """acc + the products of bytes first … first + W of every row, those before `end`. x: pointers of rows [1, M], whose
-    column of byte b is at b·x_step (even) and at b·x_step + x_odd (odd)."""
-    b = first + tl.arange(0, W)
-    packed = tl.load(weight + b[None, :], mask=outputs[:, None] & (b < end)[None, :], other=0)
-    is_even, is_odd = (b < end) & (2 * b < K), (b < end) & (2 * b + 1 < K)
-    at = x + (b * x_step)[:, None]
-    x_even = tl.load(at, mask=is_even[:, None] & rows[None, :], other=0)
-    x_odd_tile = tl.load(at + x_odd, mask=is_odd[:, None] & rows[None, :], other=0)
-    x_even = _balanced(x_even, multiplier, 2 * b, is_even)
-    x_odd_tile = _balanced(x_odd_tile, multiplier, 2 * b + 1, is_odd)
+    """acc + the products of bytes first … first + W of every row, those of one group; the first is the group's byte
+    in_group. Masks compare with B, K and constants alone: Triton sees that whole words of them are equal."""
+    b = tl.arange(0, W)
+    mask = first + b < B
+    if GROUP % W:
+        mask = mask & (in_group + b < GROUP)
+    packed = tl.load(weight + (first + b)[None, :], mask=outputs[:, None] & mask[None, :], other=0)
+    if x.dtype.element_ty == tl.int8:
+        x_even, x_odd = _codes(x, m, first, in_group, rows, K, x_stride, BLOCK_M, W, GROUP)
+    else:
+        x_even, x_odd = _floats(x, multiplier, m, first, in_group, rows, K, x_stride, BLOCK_M, W, GROUP)
     even, odd = _decoded(packed, table, ASM)
-    if even.dtype == tl.float32:
-        x_even, x_odd_tile = x_even.to(tl.float32), x_odd_tile.to(tl.float32)
+    x_even, x_odd = x_even.to(even.dtype), x_odd.to(even.dtype)
     acc = _dot(even, x_even, acc, IN_FLOAT32)
-    acc = _dot(odd, x_odd_tile, acc, IN_FLOAT32)
+    acc = _dot(odd, x_odd, acc, IN_FLOAT32)
     if rest is not None:
         even, odd = _decoded(packed, rest, REST)
         acc = _dot(even, x_even, acc, IN_FLOAT32)
-        acc = _dot(odd, x_odd_tile, acc, IN_FLOAT32)
+        acc = _dot(odd, x_odd, acc, IN_FLOAT32)
     return acc
 
 
 @triton.jit
 def pair_kernel(
-    x, weight, y, table, rest, x_scale, x_zero, multiplier, scale, factor, weight_sum, bias, M, N, K, B, x_stride, x_odd, weight_stride,
-    scale_row, unit, GROUP: tl.constexpr, X_STEP: tl.constexpr, SCALE_KIND: tl.constexpr, SHIFT: tl.constexpr,
-    ACTIVATION: tl.constexpr, ASM: tl.constexpr, REST: tl.constexpr, IN_FLOAT32: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,
+    x, weight, y, table, rest, x_scale, x_zero, multiplier, scale, factor, weight_sum, bias, M, N, K, B, x_stride,
+    weight_stride, scale_row, unit, GROUP: tl.constexpr, SCALE_KIND: tl.constexpr, SHIFT: tl.constexpr,
+    ACTIVATION: tl.constexpr, ASM: tl.constexpr, REST: tl.constexpr, IN_FLOAT32: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y. x: int8 codes, with x_scale, or floats, without. GROUP: bytes that share a scale; 0: all of a row."""
+    """A tile of y. x: int8 codes in two planes of K, with x_scale, or floats [M, K], without. GROUP: bytes that share a
+    scale; 0: all of a row."""
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, outputs = m < M, n < N
-    x_rows = x + m[None, :].to(tl.int64) * x_stride
     weight_rows = weight + n[:, None].to(tl.int64) * weight_stride
     KIND: tl.constexpr = tl.int32 if x_scale is not None else tl.float32
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUP else KIND)
     if GROUP:
         for start in range(0, B, GROUP):
             acc = tl.zeros((BLOCK_N, BLOCK_M), KIND)
-            end = tl.minimum(start + GROUP, B)
             if GROUP <= W:
-                acc = _tile(acc, x_rows, X_STEP, x_odd, multiplier, weight_rows, start, end, K, rows, outputs, table, rest, W, ASM, REST, IN_FLOAT32)  # fmt: skip
+                acc = _tile(acc, x, m, rows, multiplier, weight_rows, outputs, start, 0, B, K, x_stride, table, rest, GROUP, ASM, REST, IN_FLOAT32, BLOCK_M, W)  # fmt: skip
             else:
-                for first in range(start, end, W):
-                    acc = _tile(acc, x_rows, X_STEP, x_odd, multiplier, weight_rows, first, end, K, rows, outputs, table, rest, W, ASM, REST, IN_FLOAT32)  # fmt: skip
-            at = scale + n.to(tl.int64) * scale_row + start // GROUP
-            total += (acc >> SHIFT if SHIFT else acc).to(tl.float32) * scale_at(at, outputs, factor, unit, SCALE_KIND)[:, None]
+                for at in range(0, GROUP, W):
+                    acc = _tile(acc, x, m, rows, multiplier, weight_rows, outputs, start + at, at, B, K, x_stride, table, rest, GROUP, ASM, REST, IN_FLOAT32, BLOCK_M, W)  # fmt: skip
+            group_scale = scale_at(scale + n.to(tl.int64) * scale_row + start // GROUP, outputs, factor, unit, SCALE_KIND)
+            total += (acc >> SHIFT if SHIFT else acc).to(tl.float32) * group_scale[:, None]
     else:
         for first in range(0, B, W):
-            total = _tile(total, x_rows, X_STEP, x_odd, multiplier, weight_rows, first, B, K, rows, outputs, table, rest, W, ASM, REST, IN_FLOAT32)  # fmt: skip
+            total = _tile(total, x, m, rows, multiplier, weight_rows, outputs, first, 0, B, K, x_stride, table, rest, GROUP, ASM, REST, IN_FLOAT32, BLOCK_M, W)  # fmt: skip
         if SHIFT:
             total = total >> SHIFT
-    _finish(total, y, m, n, M, N, x_scale, x_zero, scale, scale_row, factor, unit, weight_sum, bias, GROUP, SCALE_KIND, ACTIVATION)
+    _finish(total, y, m, n, M, N, x_scale, x_zero, scale, scale_row, factor, unit, weight_sum, bias, GROUP, SCALE_KIND, ACTIVATION)  # fmt: skip
 
 
 @triton.jit

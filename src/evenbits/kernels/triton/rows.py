@@ -67,7 +67,8 @@ def quantize_kernel(
     x, multiplier, given_scale, given_zero, codes, scales, zeros, K, x_stride, codes_stride, plane, levels, code_min,
     code_max, AFFINE: tl.constexpr, FINITE: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One row. given_scale, given_zero: calibrated ones, or None. PLANES: column k goes to (k mod 2)·plane + k div 2."""
+    """One row. given_scale, given_zero: calibrated ones, or None. PLANES: column k goes to (k mod 2)·plane + k div 2,
+    and zeros to what is left of two planes."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     v = _values(x + row * x_stride, multiplier, columns, K)
@@ -91,8 +92,9 @@ def quantize_kernel(
         where = block * BLOCK + columns
         if BLOCKS > 1:
             v = _values(x + row * x_stride, multiplier, where, K)
-        target = where
-        if PLANES:
-            target = (where % 2) * plane + where // 2
         found = _codes(v, scale, zero, broken, code_min, code_max)
-        tl.store(codes + row * codes_stride + target, found, mask=where < K)
+        if PLANES:
+            found = tl.where(where < K, found, 0)
+            tl.store(codes + row * codes_stride + (where % 2) * plane + where // 2, found, mask=where < 2 * plane)
+        else:
+            tl.store(codes + row * codes_stride + where, found, mask=where < K)
