@@ -92,7 +92,7 @@ def quantize_kernel(
         where = block * BLOCK + columns
         if BLOCKS > 1:
             v = _values(x + row * x_stride, multiplier, where, K)
-        found = _codes(v, scale, zero, broken, code_min, code_max)
+        found = _codes(v, scale, zero, broken | (scale != scale), code_min, code_max)
         if PLANES:
             found = tl.where(where < K, found, 0)
             tl.store(codes + row * codes_stride + (where % 2) * plane + where // 2, found, mask=where < 2 * plane)
