@@ -68,7 +68,7 @@ def _rows(m: int, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize("fmt", QUANTIZED)
 def test_codes_are_those_of_torch(fmt: str, dtype: torch.dtype) -> None:
-    for m, k in ((1, 1), (3, 7), (5, 300), (2, 16500)):
+    for m, k in ((1, 1), (5, 301), (1, 16500)):
         x, factors = _rows(m, k).to(dtype), torch.rand(k) + 0.5
         x[0, 0] = 0.0
         for words in ({}, {"multiplier": factors}, {"scale": torch.tensor([0.02]), "multiplier": factors}):
@@ -101,7 +101,7 @@ def test_quantization_of_what_is_empty_or_strided() -> None:
         assert all(map(torch.equal, quantize_rows(x, "int8:row"), quantize_rows(x.contiguous(), "int8:row")))
 
 
-@pytest.mark.parametrize("m", [1, 5, 16, 17, 33, 130])
+@pytest.mark.parametrize("m", [1, 16, 17, 130])
 def test_products_of_int8_codes(m: int) -> None:
     for n, k in SHAPES:
         a, b = (torch.randint(-128, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
@@ -142,17 +142,17 @@ def test_large_int8_layers(m: int, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("fmt", INTEGER)
 def test_packed_weights(fmt: str) -> None:
-    for m in (3, 17):
-        for n, k in SHAPES[:-1] if fmt.endswith(("g8", "g16", "g24", "nvfp4")) else SHAPES:
-            q, x, bias = _weight(n, k, fmt), torch.randn(m, k), torch.randn(n)
-            if pair_codes(q.format, k) is None:  # pairs of an odd width get groups that no kernel has
-                continue
-            found = _pair(x, q, bias=bias)
-            with use_backend("reference"):
-                assert found.equal(_pair(x, q, bias=bias)), (m, n, k)
+    cases = [(3, 1, 1), (3, 5, 2), (17, 17, 65), (1, 70, 257)]
+    for m, n, k in cases if ":g" in fmt or fmt.endswith("fp4") else [*cases, (2, 33, 600)]:
+        q, x, bias = _weight(n, k, fmt), torch.randn(m, k), torch.randn(n)
+        if pair_codes(q.format, k) is None:  # pairs of an odd width get groups that no kernel has
+            continue
+        found = _pair(x, q, bias=bias)
+        with use_backend("reference"):
+            assert found.equal(_pair(x, q, bias=bias)), (m, n, k)
 
 
-@pytest.mark.parametrize(("m", "n", "k", "fmt"), [(512, 5, 130, "ovp4-flint:row"), (300, 65, 256, "int4:g128")])
+@pytest.mark.parametrize(("m", "n", "k", "fmt"), [(512, 5, 66, "ovp4-flint:row"), (130, 65, 256, "int4:g128")])
 def test_many_rows_of_packed_weights(m: int, n: int, k: int, fmt: str) -> None:
     q, x = _weight(n, k, fmt), torch.randn(m, k)
     found = _pair(x, q)
@@ -161,7 +161,7 @@ def test_many_rows_of_packed_weights(m: int, n: int, k: int, fmt: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS[1:])
 @pytest.mark.parametrize("fmt", ["int4:row", "ovp4-flint:g64"])
 def test_the_steps_around_packed_products(fmt: str, dtype: torch.dtype, activation: str) -> None:
     q, bias, factors = _weight(33, 130, fmt), torch.randn(33).to(dtype), torch.rand(130) + 0.5
@@ -204,7 +204,7 @@ def test_a_group_is_added_in_order_and_rounded_each_time() -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_float_activations(fmt: str, dtype: torch.dtype) -> None:
     """As near the exact result as float32 sums are, and rounded once to the activations' type."""
-    for m, n, k in ((1, 70, 600 if "g" not in fmt else 257), (17, 17, 65), (2, 1, 1)):
+    for m, n, k in ((1, 33, 600 if ":row" in fmt else 130), (17, 17, 65), (2, 1, 1)):
         q, x, bias = _weight(n, k, fmt), (torch.randn(m, k) * 2).to(dtype), torch.randn(n)
         found = linear_pair_float(x, q.packed, q.scale, q.format, bias, global_scale=q.global_scale)
         decoded = q.dequantize().double()
@@ -244,7 +244,7 @@ def test_no_rows_and_strided_inputs() -> None:
         assert linear_pair_float(x, q.packed, q.scale, q.format, None).equal(whole)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_layer(data: st.DataObject) -> None:
     m, n, k = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 9)) * 7, data.draw(st.integers(1, 20)) * 19
@@ -268,7 +268,10 @@ def test_what_the_kernels_do_not_take_runs_by_torch() -> None:
     """Unsigned codes, a free zero point, a float64 bias: torch's steps around Triton's product, or none of it."""
     x, weight, scale = torch.rand(5, 64), torch.randint(-127, 128, (9, 64), dtype=torch.int8), torch.rand(9, 1)
     total = weight.sum(1, dtype=torch.int32)
-    for args in ((x, weight, scale, torch.randn(9).double(), "int8:row"), (x, weight, scale, None, "int8:row:affine:free")):
+    for args in (
+        (x, weight, scale, torch.randn(9).double(), "int8:row"),
+        (x, weight, scale, None, "int8:row:affine:free"),
+    ):
         found = linear_w8a8(*args, weight_sum=total)
         with use_backend("reference"):
             assert found.equal(linear_w8a8(*args, weight_sum=total))

@@ -34,7 +34,8 @@ def _fresh() -> Iterator[None]:
 @needs_triton
 def test_the_interpreter_agrees_with_the_reference() -> None:
     """interpreted_triton.py, in a process whose kernels are defined for the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "interpreted_triton.py")]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / "interpreted_triton.py")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900, check=False
@@ -105,7 +106,7 @@ def test_the_cpu_never_imports_triton() -> None:
         "import sys, torch, evenbits\n"
         "from evenbits.kernels.ops import linear_pair_float, linear_w8a8\n"
         "linear_w8a8(torch.randn(2, 8), torch.ones(3, 8, dtype=torch.int8), torch.ones(3, 1), None, 'int8:row')\n"
-        "linear_pair_float(torch.randn(2, 8), torch.ones(3, 4, dtype=torch.uint8), torch.ones(3, 1), 'int4:row', None)\n"
+        "linear_pair_float(torch.randn(2, 8), torch.ones(3, 4).byte(), torch.ones(3, 1), 'int4:row', None)\n"
         "assert 'triton' not in sys.modules and 'evenbits.kernels.triton.calls' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

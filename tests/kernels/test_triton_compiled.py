@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from evenbits.kernels.fused import Rows, Weight
+from evenbits.kernels.fused import Rows
 from evenbits.kernels.linear import linear_pair, linear_w8a8
 from evenbits.kernels.ops import linear_pair_float
 from evenbits.numerics.encode import encode

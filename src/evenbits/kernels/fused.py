@@ -15,9 +15,9 @@ INT8_WEIGHT, NIBBLES, PAIRS, WIDE_PAIRS = range(4)
 class Rows(NamedTuple):  # made at every call: a frozen dataclass takes four times as long
     """How activations become codes.
 
-    kernels: who will do it. code_min, code_max, levels, affine: of the format. multiplier float32 [K]; scale float32 [1]
-    and zero_point int32 [1]: calibrated ones, else every row gets its own. finite: infinities spoil a row although there
-    is a scale.
+    kernels: who will do it. code_min, code_max, levels, affine: of the format. multiplier float32 [K]; scale float32
+    [1] and zero_point int32 [1]: calibrated ones, else every row gets its own. finite: infinities spoil a row although
+    there is a scale.
     """
 
     kernels: Kernels

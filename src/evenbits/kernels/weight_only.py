@@ -5,7 +5,8 @@
 x (times the multiplier, if there is one) and sums are float32. The C kernels and the reference sum in one fixed order
 (csrc/floats.h), so that their result does not depend on the machine, the number of threads or the other rows. Triton's
 kernels multiply by the scale last and sum in an order of the GPU's own. Without either weights are decoded a panel of
-rows at a time and multiplied by torch, in an order that is torch's own. No backend ever holds the whole weight as floats.
+rows at a time and multiplied by torch, in an order that is torch's own. No backend ever holds the whole weight as
+floats.
 
 M: rows (tokens), K: columns, N, O: outputs, B: bytes of a packed row, P: rows of a panel.
 """

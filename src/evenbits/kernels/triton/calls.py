@@ -73,8 +73,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _output(x: torch.Tensor, x_MK: torch.Tensor, outputs: int) -> torch.Tensor:
-    """[..., N], to be written by a kernel. The interpreter cuts float32 to bfloat16 where it should round: torch does it
-    there."""
+    """[..., N], to be written by a kernel. The interpreter cuts float32 to bfloat16 where it should round: there torch
+    does it."""
     cut = loader.interpreted() and x_MK.dtype == torch.bfloat16
     return x_MK.new_empty(*x.shape[:-1], outputs, dtype=torch.float32 if cut else x_MK.dtype)
 

@@ -16,8 +16,8 @@ _MAGIC = tl.constexpr(12582912.0)
 
 @triton.jit
 def scale_at(pointer, mask, factor, unit, KIND: tl.constexpr):
-    """A stored scale → float32, times the tensor's factor (a pointer, or None) and `unit`. KIND: 0 float32 or float16, 1
-    E4M3 and 2 E8M0, both read as bytes: GPUs before 8.9 have no instruction for them."""
+    """A stored scale → float32, times the tensor's factor (a pointer, or None) and `unit`. KIND: 0 float32 or float16,
+    1 E4M3 and 2 E8M0, both read as bytes: GPUs before 8.9 have no instruction for them."""
     stored = tl.load(pointer, mask=mask, other=0)
     if KIND == _E8M0:
         code = stored.to(tl.int32)

@@ -13,14 +13,18 @@ from evenbits.kernels.triton.epilogue import activated, biased
 
 
 @triton.jit
-def _store(acc, y, m, n, M, N, x_scale, x_zero, scale, scale_step, weight_sum, bias, RAW: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+def _store(
+    acc, y, m, n, M, N, x_scale, x_zero, scale, scale_step, weight_sum, bias, RAW: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
     """int32 sums [rows, outputs] → y, of its type. RAW: as they are."""
     inside = (m < M)[:, None] & (n < N)[None, :]
     if RAW:
         result = acc
     else:
         if weight_sum is not None:
-            acc -= tl.load(x_zero + m, mask=m < M, other=0)[:, None] * tl.load(weight_sum + n, mask=n < N, other=0)[None, :]
+            zero = tl.load(x_zero + m, mask=m < M, other=0)
+            acc -= zero[:, None] * tl.load(weight_sum + n, mask=n < N, other=0)[None, :]
         rows = tl.load(x_scale + m, mask=m < M, other=0.0)
         outputs = tl.load(scale + n * scale_step, mask=n < N, other=0.0)
         result = acc.to(tl.float32) * (rows[:, None] * outputs[None, :])

@@ -41,7 +41,7 @@ def _dot(weight, x, acc, IN_FLOAT32: tl.constexpr):
 
 
 @triton.jit
-def _codes(x, m, first, in_group, rows, plane, x_stride, BLOCK_M: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr):
+def _codes(x, m, first, in_group, rows, plane, x_stride, W: tl.constexpr, GROUP: tl.constexpr):
     """int8 codes of W bytes' columns, even and odd, [W, M]: from two planes of each row, zeros between and behind."""
     b = first + tl.arange(0, W)
     mask = b < plane
@@ -53,7 +53,9 @@ def _codes(x, m, first, in_group, rows, plane, x_stride, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
-def _floats(x, multiplier, m, first, in_group, rows, K, x_stride, BLOCK_M: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def _floats(
+    x, multiplier, m, first, in_group, rows, K, x_stride, BLOCK_M: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """Activations of W bytes' columns, even and odd, [W, M]: read as they lie, beside each other, and parted."""
     k = 2 * first + tl.arange(0, 2 * W)
     mask = k < K
@@ -79,7 +81,7 @@ def _tile(
         mask = mask & (in_group + b < GROUP)
     packed = tl.load(weight + (first + b)[None, :], mask=outputs[:, None] & mask[None, :], other=0)
     if x.dtype.element_ty == tl.int8:
-        x_even, x_odd = _codes(x, m, first, in_group, rows, K, x_stride, BLOCK_M, W, GROUP)
+        x_even, x_odd = _codes(x, m, first, in_group, rows, K, x_stride, W, GROUP)
     else:
         x_even, x_odd = _floats(x, multiplier, m, first, in_group, rows, K, x_stride, BLOCK_M, W, GROUP)
     even, odd = _decoded(packed, table, ASM)
@@ -112,22 +114,39 @@ def pair_kernel(
         for start in range(0, B, GROUP):
             acc = tl.zeros((BLOCK_N, BLOCK_M), KIND)
             if GROUP <= W:
-                acc = _tile(acc, x, m, rows, multiplier, weight_rows, outputs, start, 0, B, K, x_stride, table, rest, GROUP, ASM, REST, IN_FLOAT32, BLOCK_M, W)  # fmt: skip
+                acc = _tile(
+                    acc, x, m, rows, multiplier, weight_rows, outputs, start, 0, B, K, x_stride, table, rest, GROUP,
+                    ASM, REST, IN_FLOAT32, BLOCK_M, W,
+                )  # fmt: skip
             else:
-                for at in range(0, GROUP, W):
-                    acc = _tile(acc, x, m, rows, multiplier, weight_rows, outputs, start + at, at, B, K, x_stride, table, rest, GROUP, ASM, REST, IN_FLOAT32, BLOCK_M, W)  # fmt: skip
-            group_scale = scale_at(scale + n.to(tl.int64) * scale_row + start // GROUP, outputs, factor, unit, SCALE_KIND)
+                for within in range(0, GROUP, W):
+                    acc = _tile(
+                        acc, x, m, rows, multiplier, weight_rows, outputs, start + within, within, B, K, x_stride,
+                        table, rest, GROUP, ASM, REST, IN_FLOAT32, BLOCK_M, W,
+                    )  # fmt: skip
+            group_scale = scale_at(
+                scale + n.to(tl.int64) * scale_row + start // GROUP, outputs, factor, unit, SCALE_KIND
+            )
             total += (acc >> SHIFT if SHIFT else acc).to(tl.float32) * group_scale[:, None]
     else:
         for first in range(0, B, W):
-            total = _tile(total, x, m, rows, multiplier, weight_rows, outputs, first, 0, B, K, x_stride, table, rest, GROUP, ASM, REST, IN_FLOAT32, BLOCK_M, W)  # fmt: skip
+            total = _tile(
+                total, x, m, rows, multiplier, weight_rows, outputs, first, 0, B, K, x_stride, table, rest, GROUP,
+                ASM, REST, IN_FLOAT32, BLOCK_M, W,
+            )  # fmt: skip
         if SHIFT:
             total = total >> SHIFT
-    _finish(total, y, m, n, M, N, x_scale, x_zero, scale, scale_row, factor, unit, weight_sum, bias, GROUP, SCALE_KIND, ACTIVATION)  # fmt: skip
+    _finish(
+        total, y, m, n, M, N, x_scale, x_zero, scale, scale_row, factor, unit, weight_sum, bias, GROUP, SCALE_KIND,
+        ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit
-def _finish(total, y, m, n, M, N, x_scale, x_zero, scale, scale_row, factor, unit, weight_sum, bias, GROUP: tl.constexpr, SCALE_KIND: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+def _finish(
+    total, y, m, n, M, N, x_scale, x_zero, scale, scale_row, factor, unit, weight_sum, bias, GROUP: tl.constexpr,
+    SCALE_KIND: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     """Sums [outputs, rows] → y [rows, outputs], of its type."""
     rows, outputs = m < M, n < N
     if x_scale is not None:

@@ -51,11 +51,11 @@ def shifted_nibbles() -> str:
 
 
 def half_nibbles(bfloat16: bool) -> str:
-    """int4 → float16 or bfloat16: $0, $1 even, $2, $3 odd, of $4. The code becomes the last bits of 1024 + 8 + value (128
-    + 8 + value), from which that number is subtracted, exactly."""
+    """int4 → float16 or bfloat16: $0, $1 even, $2, $3 odd, of $4. The code becomes the last bits of 1024 + 8 + value
+    (128 + 8 + value), from which that number is subtracted, exactly."""
     program = _Program()
     top, *constants = (0x43434343, 0x3F803F80, 0xC308C308) if bfloat16 else (0x64646464, 0x3C003C00, 0xE408E408)
-    one, minus = (program("mov.b32", constant) for constant in constants)  # fma takes no numbers; out of the loop they go
+    one, minus = (program("mov.b32", constant) for constant in constants)  # fma takes registers only
     for first, word in ((0, "$4"), (2, program("shr.b32", "$4", 4))):
         for half, pick in ((0, 0x4140), (1, 0x4342)):
             both = program("prmt.b32", word, top, pick)

@@ -1,7 +1,7 @@
 """Activations → int8 codes on a GPU, a program for each row: multiplier, range, scale, codes, in one launch.
 
-The codes, scales and zero points of quantize.py to the bit, broken rows (NaN, infinities) too. For packed weights, whose
-even and odd columns are decoded apart, codes are laid out likewise: all even columns of a row, then all odd ones.
+The codes, scales and zero points of quantize.py to the bit, broken rows (NaN, infinities) too. For packed weights,
+whose even and odd columns are decoded apart, codes are laid out likewise: all even columns of a row, then all odd ones.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def _codes(v, scale, zero, broken, code_min, code_max):
 @triton.jit
 def quantize_kernel(
     x, multiplier, given_scale, given_zero, codes, scales, zeros, K, x_stride, codes_stride, plane, levels, code_min,
-    code_max, AFFINE: tl.constexpr, FINITE: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    code_max, AFFINE: tl.constexpr, FINITE: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One row. given_scale, given_zero: calibrated ones, or None. PLANES: column k goes to (k mod 2)·plane + k div 2,
     and zeros to what is left of two planes."""
