@@ -60,6 +60,7 @@ def test_a_gpu_is_served_by_triton(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     with caplog.at_level(logging.DEBUG, "evenbits.kernels"):
         chosen = dispatch.choice("cuda")
     assert chosen.backend == dispatch.backend("cuda") == "triton" and "Triton" in chosen.reason
+    assert "torch._int_mm between them (a guess, not measured)" in chosen.reason
     assert caplog.records == []
     assert dispatch.fused("cuda") is loader.calls()
     with use_backend("reference"):
@@ -112,14 +113,12 @@ def test_the_cpu_never_imports_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@needs_triton
 def test_where_int_mm_begins_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = loader.calls()
-    for text, rows in (("1024", 1024), ("0", 1 << 62), ("7", 7)):
-        monkeypatch.setenv(calls.VARIABLE, text)
-        assert calls.int_mm_from() == rows
-    monkeypatch.setenv(calls.VARIABLE, "many")
+    for text, rows, says in (("1024", 1024, "1024 rows"), ("0", 1 << 62, "int8 weights too"), ("7", 7, "from 7 rows")):
+        monkeypatch.setenv(loader.VARIABLE, text)
+        assert loader.int_mm_from() == rows and says in loader.note()
+    monkeypatch.setenv(loader.VARIABLE, "many")
     with pytest.raises(EvenbitsError, match="EVENBITS_INT_MM_ROWS is a number of rows"):
-        calls.int_mm_from()
-    monkeypatch.delenv(calls.VARIABLE)
-    assert calls.int_mm_from() == 1024
+        loader.int_mm_from()
+    monkeypatch.delenv(loader.VARIABLE)
+    assert loader.int_mm_from() == 1024

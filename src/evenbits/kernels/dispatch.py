@@ -82,6 +82,8 @@ def choice(device: str) -> Choice:
     """The backend that serves `device` ("cpu", "cuda", …) now. Raises EvenbitsError for a CPU library of other sources
     than those beside it."""
     chosen = Choice(device, _forced[-1], "forced by use_backend") if _is_forced(device) else _choose(device)
+    if chosen.backend == "triton":
+        return Choice(device, "triton", f"{chosen.reason}; {triton.note()}")
     return Choice(device, "c", f"{chosen.reason}, {_variant()}") if chosen.backend == "c" else chosen
 
 

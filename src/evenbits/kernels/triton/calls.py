@@ -1,6 +1,6 @@
 """Launches of Triton's kernels: tensors → grids, tiles and arguments. Importing this imports Triton.
 
-Tile sizes and the choice between kernels follow from the shape alone, in `tiles` and `int_mm_from`. Both are guesses
+Tile sizes and the choice between kernels follow from the shape alone, in `tiles` and `loader.int_mm_from`. Both are guesses
 that no GPU has confirmed: benchmarks/linear_gpu.py is for that. Every launch turns fused multiply-adds off: the
 epilogue's roundings are part of the definition.
 
@@ -9,13 +9,11 @@ M: rows, K: columns, N: outputs, B: bytes of a packed weight row, G: groups.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from evenbits.errors import EvenbitsError
 from evenbits.kernels import torch_int8
 from evenbits.kernels.fused import INT8_WEIGHT, WIDE_PAIRS, Rows, Weight
 from evenbits.kernels.triton import loader
@@ -24,7 +22,6 @@ from evenbits.kernels.triton.pair import pair_kernel
 from evenbits.kernels.triton.rows import quantize_kernel
 from evenbits.kernels.triton.tables import Decoder, float_decoder, int8_decoder
 
-VARIABLE = "EVENBITS_INT_MM_ROWS"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WHOLE_ROW = 16384  # columns of a row that stay in registers between its range and its codes
 _ALIGNED = 16
@@ -50,15 +47,6 @@ def tiles(rows: int, packed: bool, group: int = 0) -> Tiles:
     widest = 128 if few else 64
     width = min(widest, max(32, triton.next_power_of_2(group // 2))) if group else widest
     return Tiles(16, 64, width, 4, 4) if few else Tiles(64, 128, width, 8, 3)
-
-
-def int_mm_from() -> int:
-    """From how many rows on int8 weights are multiplied by torch._int_mm, between Triton's quantization and epilogue:
-    1024, or the environment's EVENBITS_INT_MM_ROWS (0: never). Raises EvenbitsError if that is no number."""
-    text = os.environ.get(VARIABLE, "1024")
-    if not text.isdecimal():
-        raise EvenbitsError(f"{VARIABLE} is a number of rows, 0 for never; given {text!r}.")
-    return int(text) or 1 << 62
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **meta: Any) -> None:
@@ -139,7 +127,7 @@ def _int8(
     codes, scale, zero = _quantized(x_MK, rows, x_MK.new_empty(x_MK.shape, dtype=torch.int8), 0)
     step = int(weight.scale.numel() > 1)
     row_sum = weight.row_sum if rows.affine else None
-    if len(codes) < int_mm_from():
+    if len(codes) < loader.int_mm_from():
         _product(codes, weight.bytes, y, scale, zero, weight.scale, row_sum, bias, step, activation)
         return
     multiply = torch_int8.int_mm if codes.is_cuda else torch_int8.fp32

@@ -14,6 +14,9 @@ from types import ModuleType
 
 import torch
 
+from evenbits.errors import EvenbitsError
+
+VARIABLE = "EVENBITS_INT_MM_ROWS"
 NEEDS = (8, 0)
 _HOW = "install it with `pip install 'evenbits[gpu]'` (Linux)"
 
@@ -50,6 +53,22 @@ def status(device: str) -> Status:
     if capability < NEEDS:
         return Status(False, f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0")
     return Status(True, f"evenbits' own kernels, Triton {version}")
+
+
+def int_mm_from() -> int:
+    """From how many rows on int8 weights are multiplied by torch._int_mm, between Triton's quantization and epilogue:
+    1024, or the environment's EVENBITS_INT_MM_ROWS (0: never). Raises EvenbitsError if that is no number."""
+    text = os.environ.get(VARIABLE, "1024")
+    if not text.isdecimal():
+        raise EvenbitsError(f"{VARIABLE} is a number of rows, 0 for never; given {text!r}.")
+    return int(text) or 1 << 62
+
+
+def note() -> str:
+    """Who multiplies int8 weights, in words."""
+    rows = int_mm_from()
+    many = "" if rows >= 1 << 62 else f", from {rows} rows on by torch._int_mm between them (a guess, not measured)"
+    return f"int8 weights too{many}"
 
 
 def calls() -> ModuleType:
