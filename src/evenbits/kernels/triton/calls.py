@@ -1,7 +1,7 @@
 """Launches of Triton's kernels: tensors → grids, tiles and arguments. Importing this imports Triton.
 
-Tile sizes and the choice between kernels follow from the shape alone, in `tiles` and `loader.int_mm_from`. Both are guesses
-that no GPU has confirmed: benchmarks/linear_gpu.py is for that. Every launch turns fused multiply-adds off: the
+Tile sizes and the choice between kernels follow from the shape alone, in `tiles` and `loader.int_mm_from`. Both are
+guesses that no GPU has confirmed: benchmarks/linear_gpu.py is for that. Every launch turns fused multiply-adds off: the
 epilogue's roundings are part of the definition.
 
 M: rows, K: columns, N: outputs, B: bytes of a packed weight row, G: groups.
