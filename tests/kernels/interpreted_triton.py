@@ -65,8 +65,10 @@ def _rows(m: int, k: int) -> torch.Tensor:
     return torch.randn(m, k) * 10.0 ** torch.randint(-3, 4, (m, 1))
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [*((fmt, torch.float32) for fmt in QUANTIZED), *(("int8:row", dtype) for dtype in (*FLOATS[1:], torch.float64))],
+)
 def test_codes_are_those_of_torch(fmt: str, dtype: torch.dtype) -> None:
     for m, k in ((1, 1), (5, 301), (1, 16500)):
         x, factors = _rows(m, k).to(dtype), torch.rand(k) + 0.5
@@ -112,8 +114,7 @@ def test_products_of_int8_codes(m: int) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", ["1", "0"])
+@pytest.mark.parametrize(("dtype", "rows"), [*((dtype, "0") for dtype in FLOATS), (torch.float16, "1")])
 def test_int8_weights(monkeypatch: pytest.MonkeyPatch, activation: str, dtype: torch.dtype, rows: str) -> None:
     """To the bit, by one kernel and by torch's product between two."""
     monkeypatch.setenv("EVENBITS_INT_MM_ROWS", rows)

@@ -32,24 +32,36 @@ GPUS = [80, 90]
 INTEGER = {"PRMT", "LOP3", "SHF", "IADD3", "VIADD", "IMAD", "SEL", "LEA", "ISETP", "BFE", "BFI", "SGXT", "I2F", "I2FP"}
 
 
+def _tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+
+
 class Compiled:
     """A kernel's PTX and SASS."""
 
     def __init__(self, kernel: Any) -> None:
         self.ptx: str = kernel.asm["ptx"]
         self.cubin: bytes = kernel.asm["cubin"]
+        self.shared: int = kernel.metadata.shared
 
     def matrix(self) -> set[str]:
         """The matrix instructions of the PTX."""
         return set(re.findall(r"\b(?:wgmma\.mma_async|mma)\.[\w.]+", self.ptx))
 
+    def spilled(self, folder: Path) -> int:
+        """Bytes of a thread's stack: registers that did not suffice."""
+        (folder / "kernel.cubin").write_bytes(self.cubin)
+        command = [_tool("cuobjdump"), "--dump-resource-usage", folder / "kernel.cubin"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return sum(map(int, re.findall(r"STACK:(\d+)", text)))
+
     def loop(self, folder: Path) -> Counter[str]:
         """Instructions of the longest loop of the SASS, by name."""
-        import triton
-
         (folder / "kernel.cubin").write_bytes(self.cubin)
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-        text = subprocess.run([tool, "-c", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+        command = [_tool("nvdisasm"), "-c", folder / "kernel.cubin"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         labels, found, longest = {}, [], []
         for line in text.splitlines():
             if label := re.match(r"(\.L_\w+):", line):
@@ -194,6 +206,22 @@ def test_rows_and_epilogues_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled = _catch(lambda rows=rows: calls.quantize(x, rows), "quantize_kernel", 80)  # type: ignore[misc]
         assert "fma." not in compiled.ptx and "div.rn.f32" in compiled.ptx
         assert ("div.rn.f64" in compiled.ptx) == affine
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "rows"),
+    [
+        ("ovp4-flint:row:minmax", torch.int8, 1),
+        ("ovp4-flint:row:minmax", torch.int8, 512),
+        ("ovp4-flint:row:minmax", torch.bfloat16, 512),
+        ("ovp4-int:g128:minmax", torch.float32, 512),
+        ("nf4:row", torch.float32, 1),
+    ],
+)
+def test_tiles_fit_the_smaller_gpus(fmt: str, dtype: torch.dtype, rows: int, tmp_path: Path) -> None:
+    """8.6 and 8.9 have 99 KB of shared memory for a block; nothing is spilled."""
+    compiled = _pair(fmt, rows, dtype, 89)
+    assert compiled.shared <= 99 * 1024 and compiled.spilled(tmp_path) == 0
 
 
 def test_float32_products_are_not_cut_to_tf32() -> None:

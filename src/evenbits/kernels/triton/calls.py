@@ -38,9 +38,12 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(rows: int, packed: bool, group: int = 0) -> Tiles:
-    """Of a product; group: columns that share a scale. Few rows wait for memory: many loads in flight; many rows reuse
-    what they have decoded."""
+def tiles(rows: int, packed: bool, group: int = 0, single: bool = False) -> Tiles:
+    """Of a product; group: columns that share a scale; single: of float32 numbers. Few rows wait for memory: many loads
+    in flight; many rows reuse what they have decoded. float32 has no matrix instructions: its operands are in
+    registers, and larger tiles than these spill."""
+    if single:
+        return Tiles(16, 32, 16, 4, 2)
     if not packed:
         return Tiles(16, 64, 128, 4, 4) if rows <= 16 else Tiles(128, 128, 64, 8, 3)
     few = rows <= 16
@@ -50,7 +53,8 @@ def tiles(rows: int, packed: bool, group: int = 0) -> Tiles:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **meta: Any) -> None:
-    kernel[grid](*arguments, **meta, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, wherever the tensors are
+        kernel[grid](*arguments, **meta, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -209,7 +213,7 @@ def _pair(
 ) -> None:
     """columns: of x, or of one of its two planes. x_rows: scales of the rows, and zero points if they are affine."""
     rows, (outputs, width) = len(x), weight.bytes.shape
-    tile, interpreted = tiles(rows, True, weight.group), loader.interpreted()
+    tile, interpreted = tiles(rows, True, weight.group, decoder.dtype == torch.float32), loader.interpreted()
     scale = weight.scale.view(torch.uint8) if weight.scale.dtype == torch.float8_e4m3fn else weight.scale
     _launch(
         pair_kernel,
