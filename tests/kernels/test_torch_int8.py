@@ -15,7 +15,8 @@ from evenbits.kernels.dispatch import BACKENDS
 needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="torch._int_mm saturates without VNNI")
 needs_library = pytest.mark.skipif(loader.status().library is None, reason=loader.status().reason)
 MARKS = {"torch_int_mm": [needs_vnni], "c": [needs_library]}
-EACH = [pytest.param(name, marks=MARKS.get(name, [])) for name in BACKENDS]
+# Those of a CPU: Triton's interpreter has tests of its own (interpreted_triton.py).
+EACH = [pytest.param(name, marks=MARKS.get(name, [])) for name in BACKENDS if name != "triton"]
 
 
 def _exact(a: torch.Tensor, b: torch.Tensor) -> list[list[int]]:
@@ -28,7 +29,7 @@ def _codes(*shape: int, low: int = -128) -> torch.Tensor:
 
 
 def test_there_are_backends_to_test() -> None:
-    assert {"c", "torch_int_mm", "torch_fp32", "reference"} == set(BACKENDS)
+    assert {"c", "triton", "torch_int_mm", "torch_fp32", "reference"} == set(BACKENDS)
 
 
 @pytest.mark.parametrize("backend", EACH)
@@ -183,10 +184,9 @@ def test_cuda_shapes_are_padded_and_cut_back(monkeypatch: pytest.MonkeyPatch, m:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["triton", "torch_int_mm", "torch_fp32"])
 def test_on_a_gpu(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("CUDA has no int64 matrix product")
+    """Not "c", which is the CPU's, nor "reference": CUDA has no int64 matrix product."""
     for m, n, k in [(1, 1, 1), (5, 3, 9), (16, 8, 8), (33, 65, 4097)]:
         a, b = _codes(m, k), _codes(n, k)
         assert BACKENDS[backend](a.cuda(), b.cuda()).tolist() == _exact(a, b)

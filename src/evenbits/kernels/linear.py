@@ -1,4 +1,4 @@
-"""Float in, float out, integers between: linear layers by the C kernels in one call, or step by step by torch.
+"""Float in, float out, integers between: linear layers by fused kernels (C, Triton), or step by step by torch.
 
     one scale per row       y = float(Σ codes · weights) · (scale_m · weight_scale_n) + bias
     a scale per group       y = (Σ over groups, in order, float(Σ codes · weights) · weight_scale_ng) · scale_m + bias
@@ -14,12 +14,11 @@ from __future__ import annotations
 import torch
 
 from evenbits.errors import EvenbitsError
-from evenbits.kernels import dispatch, reference
+from evenbits.kernels import dispatch, fused, reference
 from evenbits.kernels.activations import apply_activation, check_activation
-from evenbits.kernels.cpu import calls
 from evenbits.kernels.matmul import check_columns, check_shapes, int8_matmul
 from evenbits.kernels.pair_codes import PairCodes, pair_codes, pair_values
-from evenbits.kernels.quantize import c_rows, parse_format, quantize_rows
+from evenbits.kernels.quantize import fused_rows, parse_format, quantize_rows
 from evenbits.kernels.torch_int8 import exact_product
 from evenbits.numerics import scales
 from evenbits.numerics.format import Format
@@ -40,11 +39,11 @@ def linear_w8a8(
     """int8 weights; see ops.linear_w8a8."""
     fmt = parse_format(format)
     _check(fmt, weight_sum, activation)
-    rows = c_rows(x, fmt, multiplier, scale, zero_point)
+    rows = fused_rows(x, fmt, multiplier, scale, zero_point)
     if rows is not None and weight.dtype == torch.int8 and _plain(bias):
         check_shapes(x.reshape(-1, x.shape[-1]), weight)
-        stored = calls.Weight(weight.contiguous(), weight_scale.float().contiguous(), row_sum=_contiguous(weight_sum))
-        return calls.linear(x, stored, _float(bias), rows, activation).to(x.dtype)
+        stored = fused.Weight(weight.contiguous(), weight_scale.float().contiguous(), row_sum=_contiguous(weight_sum))
+        return rows.kernels.linear(x, stored, _float(bias), rows, activation).to(x.dtype)
     codes_MI, scale_M1, zero_M1 = quantize_rows(x, fmt, multiplier, scale, zero_point)
     product_MO = _minus_zero(int8_matmul(codes_MI, weight), fmt, zero_M1, weight_sum)
     y_MO = product_MO.float() * (scale_M1 * weight_scale.reshape(1, -1))
@@ -75,10 +74,10 @@ def linear_pair(
             f"(groups: symmetric activations); given {weight_format} weights and {format} activations."
         )
     _check_packed(x, weight, stored, table)
-    rows = c_rows(x, fmt, multiplier, scale, zero_point)
+    rows = fused_rows(x, fmt, multiplier, scale, zero_point)
     if rows is not None and _plain(bias):
-        kind = calls.NIBBLES if not table.paired else calls.WIDE_PAIRS if table.wide else calls.PAIRS
-        packed = calls.Weight(
+        kind = fused.NIBBLES if not table.paired else fused.WIDE_PAIRS if table.wide else fused.PAIRS
+        packed = fused.Weight(
             weight.contiguous(),
             weight_scale.contiguous(),
             kind,
@@ -88,7 +87,7 @@ def linear_pair(
             global_scale,
             _contiguous(weight_sum),
         )
-        return calls.linear(x, packed, _float(bias), rows, activation).to(x.dtype)
+        return rows.kernels.linear(x, packed, _float(bias), rows, activation).to(x.dtype)
     codes_MI, scale_M1, zero_M1 = quantize_rows(x, fmt, multiplier, scale, zero_point)
     values_OI = pair_values(weight, stored, codes_MI.shape[1])
     weight_scales = scales.real(weight_scale, global_scale) * table.unit

@@ -1,4 +1,4 @@
-"""Activations → int8 codes, by the C kernels or by torch: the same codes and scales, bit for bit.
+"""Activations → int8 codes, by fused kernels (C, Triton) or by torch: the same codes and scales, bit for bit.
 
 M: rows (tokens), K: columns (input channels).
 """
@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from evenbits.kernels import dispatch
-from evenbits.kernels.cpu import calls
+from evenbits.kernels.fused import Rows
 from evenbits.numerics.affine import qparams, to_codes
 from evenbits.numerics.format import Format
 from evenbits.numerics.qdtypes import QDtype
@@ -26,9 +26,9 @@ def quantize_rows(
     zero_point: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [..., K] → (codes int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1]); see ops.quantize_rows."""
-    rows = c_rows(x, fmt, multiplier, scale, zero_point)
+    rows = fused_rows(x, fmt, multiplier, scale, zero_point)
     if rows is not None:
-        return calls.quantize(x, rows)
+        return rows.kernels.quantize(x, rows)
     x_MK = _balanced(x, multiplier)
     lo, hi = _row_range(x_MK)
     # A code can be neither NaN nor infinite, so a row that holds one gets the scale NaN: it comes out as NaN and not as
@@ -44,17 +44,17 @@ def quantize_rows(
     return codes, row_scale.contiguous(), row_zero.clone(memory_format=torch.contiguous_format)
 
 
-def c_rows(
+def fused_rows(
     x: torch.Tensor,
     fmt: Format,
     multiplier: torch.Tensor | None,
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
-) -> calls.Rows | None:
-    """The C kernels' account of this quantization, or None where torch has to do it: another backend, formats whose
+) -> Rows | None:
+    """The fused kernels' account of this quantization, or None where torch has to do it: another backend, formats whose
     zero point is not a code, unsigned codes, a scale for every row given, a float64 multiplier."""
-    limits = _limits(fmt)
-    if limits is None or dispatch.backend(x.device.type) != "c":
+    limits, kernels = _limits(fmt), dispatch.fused(x.device.type)
+    if limits is None or kernels is None:
         return None
     odd_scale = (scale is not None and scale.numel() != 1) or (zero_point is not None and zero_point.numel() != 1)
     if odd_scale or not x.is_floating_point() or x.shape[-1] == 0:
@@ -69,12 +69,12 @@ def c_rows(
         scale, zero_point = _dynamic(lo, hi, fmt)
     scale = None if scale is None else scale.float()
     zero_point = None if zero_point is None else zero_point.to(torch.int32)
-    return calls.Rows(*limits, multiplier, scale, zero_point, finite=whole)
+    return Rows(kernels, *limits, multiplier, scale, zero_point, finite=whole)
 
 
 @cache
 def _limits(fmt: Format) -> tuple[int, int, float, bool] | None:
-    """Smallest and largest code, levels, whether affine; None if the C kernels do not have the format."""
+    """Smallest and largest code, levels, whether affine; None if fused kernels do not have the format."""
     dtype, rule = fmt.dtype, fmt.rule
     if not isinstance(dtype, QDtype) or not dtype.signed or not rule.zero_exact:
         return None

@@ -3,9 +3,10 @@
     y = f( Σ over columns of x · w + bias ),   w = float32(value of the nibble · scale)
 
 x (times the multiplier, if there is one) and sums are float32. The C kernels and the reference sum in one fixed order
-(csrc/floats.h), so that their result does not depend on the machine, the number of threads or the other rows. Without
-them weights are decoded a panel of rows at a time and multiplied by torch, in an order that is torch's own. No backend
-ever holds the whole weight as floats.
+(csrc/floats.h), so that their result does not depend on the machine, the number of threads or the other rows. Triton's
+kernels multiply by the scale last and sum in an order of the GPU's own. Without either weights are decoded a panel of
+rows at a time and multiplied by torch, in an order that is torch's own. No backend ever holds the whole weight as
+floats.
 
 M: rows (tokens), K: columns, N, O: outputs, B: bytes of a packed row, P: rows of a panel.
 """
@@ -17,9 +18,8 @@ from math import ceil
 import torch
 
 from evenbits.errors import EvenbitsError
-from evenbits.kernels import dispatch, reference
+from evenbits.kernels import dispatch, fused, reference
 from evenbits.kernels.activations import apply_activation, check_activation
-from evenbits.kernels.cpu import calls
 from evenbits.kernels.pair_codes import FloatCodes, float_codes
 from evenbits.kernels.quantize import parse_format
 from evenbits.numerics.format import Format
@@ -41,17 +41,18 @@ def linear_pair_float(
     """Packed 4-bit weights and float activations; see ops.linear_pair_float."""
     stored = parse_format(weight_format)
     codes = _checked(x, weight, weight_scale, stored, multiplier, activation)
-    if x.device.type == "cpu" and dispatch.backend("cpu") == "c" and _float32(bias) and _float32(x):
-        packed = calls.Weight(
+    kernels = dispatch.fused(x.device.type)
+    if kernels is not None and _float32(bias) and _float32(x):
+        packed = fused.Weight(
             weight.contiguous(),
             weight_scale.contiguous(),
-            calls.PAIRS if codes.paired else calls.NIBBLES,
+            fused.PAIRS if codes.paired else fused.NIBBLES,
             group=codes.group,
             global_scale=global_scale,
         )
         addend = None if bias is None else bias.float().contiguous()
         factors = None if multiplier is None else multiplier.float().contiguous()
-        return calls.linear_float(x, packed, codes.values, addend, factors, activation)
+        return kernels.linear_float(x, packed, codes.values, addend, factors, activation)
     x_MK = x.reshape(-1, x.shape[-1]) if multiplier is None else (x.float() * multiplier).reshape(-1, x.shape[-1])
     y_MN = _by_panels(x_MK.float(), weight, weight_scale, global_scale, stored)
     if bias is not None:
@@ -62,7 +63,7 @@ def linear_pair_float(
 def served_by(device: str) -> str:
     """Who computes `linear_pair_float` on a device."""
     chosen = dispatch.backend(device)
-    return chosen if chosen in ("c", "reference") else "torch float32, decoded in panels"
+    return chosen if chosen in ("c", "triton", "reference") else "torch float32, decoded in panels"
 
 
 def _by_panels(

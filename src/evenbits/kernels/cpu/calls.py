@@ -6,49 +6,17 @@ M: rows, K: columns, N: outputs, B: bytes of a packed weight row, G: groups.
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 
 from evenbits.errors import EvenbitsError
 from evenbits.kernels.cpu.loader import LinearArgs, status, variant
+from evenbits.kernels.fused import Rows, Weight
 
 _FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8, _INT32 = 3, 4
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.uint8: 3}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-INT8_WEIGHT, NIBBLES, PAIRS, WIDE_PAIRS = range(4)
-
-
-class Rows(NamedTuple):  # made at every call: a frozen dataclass takes four times as long
-    """How activations become codes.
-
-    code_min, code_max, levels, affine: of the format. multiplier float32 [K]; scale float32 [1] and zero_point int32
-    [1]: calibrated ones, else every row gets its own. finite: infinities spoil a row although there is a scale.
-    """
-
-    code_min: int
-    code_max: int
-    levels: float
-    affine: bool
-    multiplier: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-    zero_point: torch.Tensor | None = None
-    finite: bool = False
-
-
-class Weight(NamedTuple):
-    """A weight as stored. bytes: int8 [N, K] or uint8 [N, B]; scale: [1], [N, 1] or [N, G] with `group` columns each;
-    tables: 48 numbers (pair_codes.py), of packed ones; row_sum: int32 [N], for affine activations."""
-
-    bytes: torch.Tensor
-    scale: torch.Tensor
-    kind: int = INT8_WEIGHT
-    tables: tuple[int, ...] = ()
-    unit: float = 1.0
-    group: int = 0
-    global_scale: torch.Tensor | None = None
-    row_sum: torch.Tensor | None = None
 
 
 def _run(function: str, args: LinearArgs) -> None:
