@@ -44,9 +44,9 @@ class RegionRow:
 
 @dataclass(frozen=True)
 class Result:
-    """A quantization run. Bytes: `weight_bytes` are codes, scales, zero points and row sums of the quantized layers,
-    `float_weight_bytes` four bytes for each of their elements, `model_bytes` the whole model now. search: what looking
-    for scales took."""
+    """A quantization run. Bytes: `weight_bytes` are codes, scales, zero points, row sums of the quantized layers, and
+    what of a smoothing or an order of channels could not be folded; `float_weight_bytes` four bytes for each of their
+    elements, `model_bytes` the whole model now. search: what looking for scales took."""
 
     scheme: dict[str, Any]
     method: str
