@@ -1,4 +1,4 @@
-"""Numbers that another program may have written, in folders whose hashes are right: refused, by `load` and `describe`."""
+"""Numbers that another program may have written, in folders with right hashes: `load` and `describe` refuse them."""
 
 from __future__ import annotations
 
@@ -102,6 +102,18 @@ def test_bytes_of_another_shape_are_refused_by_both(tmp_path: Path) -> None:
             refuse()
 
 
+def test_an_odd_row_is_padded_and_said_so(tmp_path: Path) -> None:
+    model = Net().eval()
+    result = evenbits.quantize(model, scheme="W4A16_OVP", method="olive", data=[torch.randn(16, K)])
+    reasons = {row.name: row.reason for row in result.quantized}
+    assert reasons == {"first": "33 columns stored as 34", "last": ""}
+    assert model.first.qweight().note == "33 columns stored as 34"
+    folder = evenbits.save(model, tmp_path / "out", result=result)
+    assert {row["name"]: row["note"] for row in describe(folder)["layers"]} == reasons
+    shown = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert "33 columns stored as 34: first." in shown.output
+
+
 def test_an_order_of_channels_counts_and_is_two_bytes_a_channel(tmp_path: Path) -> None:
     model, folder = folder_of(tmp_path)
     order = model.first.input_permutation
@@ -138,7 +150,7 @@ def test_what_is_no_order_of_channels_is_refused(value: int, dtype: torch.dtype,
         tensors["first.input_permutation"] = order
 
     rewrite(folder, edit)
-    with pytest.raises(CheckpointError, match="'first' .*no order of the channels 0 to 32"):
+    with pytest.raises(CheckpointError, match=r"'first' .*no order of the channels 0 to 32"):
         evenbits.load(folder, Net())
 
 

@@ -82,6 +82,7 @@ def _layer(name: str, entry: dict[str, Any], sizes: dict[str, int], row: dict[st
         "sqnr_db": row.get("sqnr_db"),
         "output_sqnr_db": row.get("output_sqnr_db"),
         "pairs": row.get("pairs"),
+        "note": Format.parse(entry["weight"]).padding(prod(entry["shape"][1:])),
     }
 
 

@@ -119,6 +119,11 @@ class Format:
         step = self.granularity.size if self.rule.block else 2 if isinstance(self.dtype, PairType) else 1
         return -(-columns // step) * step
 
+    def padding(self, columns: int) -> str:
+        """What to know about a row of `columns`: "33 columns stored as 34", or nothing where no zeros are added."""
+        stored = self.stored_columns(columns)
+        return "" if stored == columns else f"{columns} column{'s' * (columns > 1)} stored as {stored}"
+
     def fitted(self, shape: tuple[int, ...]) -> Format:
         """This format as it applies to a tensor of `shape`: a group wider than a row becomes the row's width (pairs:
         the next even one). Raises EvenbitsError for pairs in groups of an odd size.
