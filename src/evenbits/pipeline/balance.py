@@ -27,7 +27,9 @@ from evenbits.schemes.scheme import Scheme
 _FIRST_ONLY = "α was tuned on the first {} batches: the data can be walked only once. Pass a list to tune on all of it."
 
 # The pairs of a weight run along (in, kernel height, kernel width), those of an activation along the pixels.
-_NO_ORDER = "a convolution's pairs are kernel positions and pixels of one channel: an order of channels parts none"
+_NO_ORDER = (
+    "an order of channels is for linear layers: a convolution's pairs are kernel positions and pixels of one channel"
+)
 
 _UNSEEN = "did not run on the calibration data: no statistics"
 
