@@ -182,6 +182,14 @@ def test_table_for_people(run: Run, folder: Path) -> None:
     assert "exact McNemar test" in done.out and "int2 …" not in done.out
 
 
+def test_a_table_of_another_metric_says_where_its_errors_come_from(run: Run, folder: Path) -> None:
+    recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**recipe, "metric": "matthews", "runs": recipe["runs"][:1]}))
+    done = run("table", folder / "tiny.yaml", "--data", folder, "--model", f"{folder / 'net.py'}:build")
+    assert done.code == 0 and "matthews" in done.out
+    assert "by bootstrap over items" in done.out and "McNemar" not in done.out
+
+
 def test_another_model_by_option(run: Run, folder: Path) -> None:
     arguments = ("table", folder / "tiny.yaml", "--data", folder, "--json")
     plain = f"{folder / 'net.py'}"

@@ -154,8 +154,8 @@ def test_the_weight_comes_back_as_it_was_encoded(case: str) -> None:
         ("static", 8 + 32 / 10),
         ("static affine", 8 + 32 / 60 + 32 / 10),  # one scale; a row sum for every row
         ("dynamic affine", 8 + 32 / 10 + 32 / 10),
-        ("narrow", 8 * 5 / 10 + 16 / 10),
-        ("weight only", 8 * 5 / 10 + 3 * 16 / 10),
+        ("narrow", 8 * 5 / 10 + 16 / 10 + 32 / 6),  # with a multiplier for every column
+        ("weight only", 8 * 5 / 10 + 3 * 16 / 10 + 32 / 6),
         ("weight only affine", 8 * 4 / 10 + 2 * 16 / 10 + 2 * 8 / 10),  # 30 bits of codes are four bytes
         ("weight only free", 8 + 32 / 10 + 32 / 10),
     ],
@@ -163,7 +163,7 @@ def test_the_weight_comes_back_as_it_was_encoded(case: str) -> None:
 def test_true_bits(case: str, bits: float) -> None:
     layer = _linear(**CASES[case])
     assert layer.bits_per_weight == pytest.approx(bits, rel=1e-12)
-    names = ("weight", "weight_scale", "weight_zero_point", "weight_sum")
+    names = ("weight", "weight_scale", "weight_zero_point", "weight_sum", "input_multiplier")
     stored = [getattr(layer, name) for name in names if getattr(layer, name) is not None]
     assert layer.weight_bytes == sum(len(t.numpy().tobytes()) for t in stored)
     assert layer.float_weight_bytes == 240

@@ -107,7 +107,7 @@ def test_the_format_is_recorded_as_chosen() -> None:
 )
 @pytest.mark.parametrize("power", [0.3, 1, 2, 3, 5])
 def test_the_choice_is_the_least_summed_squared_error(spelling: str, members: list[str], power: float) -> None:
-    for policy in POLICIES if spelling.startswith("ovp") else POLICIES[:1]:
+    for policy in POLICIES if spelling.startswith("ovp") else (None,):
         x = torch.randn(6, 96)
         x = x.sign() * x.abs() ** power
         errors = {
@@ -115,8 +115,8 @@ def test_the_choice_is_the_least_summed_squared_error(spelling: str, members: li
             for member in members
         }
         chosen = encode(x, spelling, policy=policy)
-        name = str(chosen.format.with_policy("optimal"))
-        assert chosen.format.rule.policy == policy
+        name = str(chosen.format).removesuffix(f":{policy}")
+        assert chosen.format.rule.policy == policy or policy is None
         assert errors[name] <= min(errors.values()) * (1 + 1e-6)
         best = encode(x, str(chosen.format), policy=policy)
         assert best.packed.equal(chosen.packed)

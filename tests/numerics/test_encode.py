@@ -42,7 +42,7 @@ PAIRS = [
 ]
 UNSIGNED = ["uint8:row", "uint4:row:mse", "uflint4:row", "upot4:tensor", "ufp4_e3m1:g32"]
 EVERY = [*INTEGERS, *TABLES, *CHOICES, *PAIRS]
-CASES = [(spelling, policy) for spelling in EVERY for policy in (POLICIES if spelling in PAIRS else POLICIES[:1])]
+CASES = [(spelling, policy) for spelling in EVERY for policy in (POLICIES if spelling in PAIRS else (None,))]
 SHAPES = [(3, 64), (2, 33), (5, 1), (7,), (2, 3, 18), (2, 160)]
 
 
@@ -71,13 +71,13 @@ def _unpacked(x: torch.Tensor, encoded: QTensor, policy: str) -> torch.Tensor:
     return fmt.granularity.unmatrix(decoded, tuple(x.shape)).to(x.dtype)
 
 
-def _check(x: torch.Tensor, spelling: str, policy: str = "optimal") -> QTensor:
+def _check(x: torch.Tensor, spelling: str, policy: str | None = None) -> QTensor:
     encoded = encode(x, spelling, policy=policy)
     decoded = encoded.dequantize()
     assert decoded.dtype == x.dtype
     assert decoded.shape == x.shape
     assert bool(decoded.isfinite().all())
-    assert torch.equal(decoded, _unpacked(x, encoded, policy))
+    assert torch.equal(decoded, _unpacked(x, encoded, policy or "optimal"))
     assert bool((decoded[x == 0] == 0).all())
     assert bool((encoded.scales() > 0).all())
     assert bool(encoded.scales().isfinite().all())
@@ -87,7 +87,7 @@ def _check(x: torch.Tensor, spelling: str, policy: str = "optimal") -> QTensor:
 
 
 @pytest.mark.parametrize(("spelling", "policy"), CASES)
-def test_packed_is_snapped(spelling: str, policy: str) -> None:
+def test_packed_is_snapped(spelling: str, policy: str | None) -> None:
     for shape in SHAPES:
         x = torch.randn(shape) * torch.exp(torch.randn(shape))  # heavy tails
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -95,7 +95,7 @@ def test_packed_is_snapped(spelling: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize(("spelling", "policy"), CASES)
-def test_packed_is_snapped_on_difficult_numbers(spelling: str, policy: str) -> None:
+def test_packed_is_snapped_on_difficult_numbers(spelling: str, policy: str | None) -> None:
     lone = torch.randn(2, 34) * 1e-2
     lone[1, 7] = -3e4
     some_zeros = torch.randn(3, 34)
@@ -165,6 +165,13 @@ def test_what_cannot_be_encoded(spelling: str) -> None:
             encode(x, spelling)
     with pytest.raises(EvenbitsError, match="'optimal'"):
         encode(torch.ones(2), spelling, policy="optimum")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("spelling", ["nvfp4", "mxfp4", "int4:row", "int8:tensor:affine", "nf4:g64", "ant4:row"])
+def test_a_policy_is_for_pairs_only(spelling: str, policy: str) -> None:
+    with pytest.raises(EvenbitsError, match=f"policy '{policy}' .*{spelling} has no pairs"):
+        encode(torch.ones(2, 16), spelling, policy=policy)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,26 @@
-"""Activations on their way into a layer: what encoding and decoding would make of them."""
+"""Activations on their way into a layer: what encoding and decoding would make of them.
+
+For every format and policy, what comes out is bit for bit what a decoder that shares no code with the library makes of
+the packed bytes (stranger.py; of table types, the library's tables are its only loan: test_codebook.py has them typed
+in). With a calibrated scale nothing is packed at all, and the same must come out.
+"""
 
 from __future__ import annotations
 
 import pytest
+import stranger
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_encode import CASES, UNSIGNED
 
+from evenbits.errors import EvenbitsError
+from evenbits.numerics.codebook import Codebook
+from evenbits.numerics.elements import PairType
 from evenbits.numerics.encode import encode
 from evenbits.numerics.fake import fake_quantize
 from evenbits.numerics.format import Format
+from evenbits.numerics.qtensor import QTensor
 
 DYNAMIC = ["int8:row", "int4:row", "int8:tensor", "uint8:row:affine", "int4:g4", "int8:row:mse", "int8:tensor:p99"]
 DYNAMIC += ["flint4:row", "pot4:tensor", "fp4:g16", "nf4:row", "fp8:row", "mxfp4", "nvfp4", "ant4:row"]
@@ -20,6 +33,84 @@ STATIC += [
     "ovp4-int:tensor:reference",
     "ovp8:tensor",
 ]
+
+
+def _entry(encoded: QTensor) -> dict[str, object]:
+    """A tensor as docs/ovp-vectors.json writes one, for the decoder that does not know the library."""
+    granularity = encoded.format.granularity
+    plain = {"group": granularity.size, "tensor": "tensor"}
+    return {
+        "format": str(encoded.format),
+        "shape": list(granularity.matrix_shape(encoded.shape)),
+        "group": plain.get(granularity.kind, "row"),
+        "bytes": [bytes(row).hex() for row in encoded.packed.tolist()],
+        "scale_type": encoded.format.storage,
+        "scale": bytes(encoded.scale.flatten().view(torch.uint8).tolist()).hex(),
+        "factor": None if encoded.global_scale is None else float(encoded.global_scale),
+        "kinds": None if encoded.kinds is None else [bytes(row).hex() for row in encoded.kinds.tolist()],
+        "zero_points": None if encoded.zero_point is None else encoded.zero_point.flatten().tolist(),
+    }
+
+
+def _table(fmt: Format) -> list[float] | None:
+    """What each code stands for; None for pairs."""
+    if isinstance(fmt.dtype, PairType):
+        return None
+    if isinstance(fmt.dtype, Codebook):
+        return [stranger.float32(value) for value in fmt.dtype.values]
+    half, full = 1 << (fmt.dtype.bits - 1), 1 << fmt.dtype.bits
+    return [float(code - full if fmt.dtype.signed and code >= half else code) for code in range(full)]
+
+
+def _decoded(encoded: QTensor) -> torch.Tensor:
+    """What the stranger reads from the bytes, in the tensor's shape and type."""
+    found = torch.tensor(stranger.decode(_entry(encoded), _table(encoded.format)), dtype=torch.float64).float()
+    found = encoded.format.granularity.unmatrix(found, encoded.shape)
+    if encoded.dtype in (torch.float16, torch.bfloat16):
+        found = found.clamp(-torch.finfo(encoded.dtype).max, torch.finfo(encoded.dtype).max)
+    return found.to(encoded.dtype)
+
+
+@st.composite
+def _tensors(draw: st.DrawFn, *, negative: bool = True) -> torch.Tensor:
+    """[R, K] with heavy tails, zeros, maybe a row of nothing else, of any magnitude, in three types."""
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 70))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(rows, columns, generator=generator) * torch.randn(rows, columns, generator=generator).exp()
+    x[torch.rand(rows, columns, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.9]))] = 0
+    if draw(st.booleans()):
+        x[0] = 0
+    x = (x if negative else x.abs()) * 2.0 ** draw(st.sampled_from([0, 0, -8, 6, -30]))
+    return x.to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))
+
+
+def _check(x: torch.Tensor, spelling: str, policy: str | None) -> None:
+    fmt = Format.parse(spelling) if policy is None else Format.parse(spelling).with_policy(policy)
+    encoded = encode(x, fmt)
+    expected = _decoded(encoded)
+    assert expected.equal(encoded.dequantize())
+    assert expected.equal(fake_quantize(x, fmt))
+    if encoded.scale.shape == (1,) and encoded.format.granularity.kind == "tensor":
+        static = fake_quantize(x, encoded.format, scale=encoded.scales(), zero_point=encoded.zero_point)
+        assert expected.equal(static)
+    x[-1, -1] = torch.nan
+    with pytest.raises(EvenbitsError, match=r"1 of \d+ values are NaN"):
+        encode(x, fmt)
+
+
+@pytest.mark.parametrize(("spelling", "policy"), [*CASES, *((spelling, None) for spelling in UNSIGNED)])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_fake_is_what_a_stranger_reads_from_the_bytes(spelling: str, policy: str | None, data: st.DataObject) -> None:
+    _check(data.draw(_tensors(negative=spelling not in UNSIGNED)), spelling, policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("spelling", "policy"), CASES)
+@settings(max_examples=40)
+@given(x=_tensors())
+def test_fake_is_what_a_stranger_reads_at_length(spelling: str, policy: str | None, x: torch.Tensor) -> None:
+    _check(x, spelling, policy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

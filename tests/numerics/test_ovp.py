@@ -107,14 +107,6 @@ def test_policies_of_two_outliers(kind: str) -> None:
     assert optimal.tolist() == [[0, -big], [big, 0], [big, 0]]
 
 
-def test_the_released_codes_example() -> None:
-    # Two outliers (15, −30) and (30, 15), in the code's units scaled to ours: the even one stays, whatever its size.
-    k = pair_kind("flint")
-    u = torch.tensor([[40.0, -80.0], [80.0, 40.0]])
-    assert snap(u, k, "reference").tolist() == [[32, 0], [96, 0]] or snap(u, k, "reference")[:, 1].tolist() == [0, 0]
-    assert snap(u, k, "paper")[0].tolist()[0] == 0
-
-
 @pytest.mark.parametrize("policy", ["paper", "reference"])
 @pytest.mark.parametrize("kind", KINDS4)
 def test_an_outlier_is_what_is_nearer_to_an_outlier_value(kind: str, policy: str) -> None:
@@ -161,11 +153,35 @@ def test_the_checker_names_the_first_illegal_byte() -> None:
     k = pair_kind("int")
     packed = torch.zeros(3, 4, dtype=torch.uint8)
     packed[1, 2], packed[2, 0] = 0x88, 0x08
-    assert first_illegal(packed, k) == (1, 2, 0x88)
+    assert first_illegal(packed, k) == (1, 2, b"\x88")
     assert unpack_pairs(packed, k).abs().sum() == 0
-    wide = pair_kind("int8")
-    assert first_illegal(torch.tensor([[5, 6, 0x80, 0x80]], dtype=torch.uint8), wide) is not None
-    assert first_illegal(torch.tensor([[5, 6, 0x80, 0x01]], dtype=torch.uint8), wide) is None
+    packed[1, 2] = 0
+    assert first_illegal(packed, k) == (2, 0, b"\x08")
+
+
+@pytest.mark.parametrize("kind", KINDS4)
+def test_it_names_exactly_the_bytes_that_no_pair_is_written_as(kind: str) -> None:
+    k = pair_kind(kind)
+    every = torch.arange(256, dtype=torch.uint8).reshape(256, 1)
+    refused = [byte for byte in range(256) if first_illegal(every[byte : byte + 1], k) is not None]
+    assert refused == [0x08, 0x80, 0x88] == (~legal_bytes(k)).nonzero().flatten().tolist()
+
+
+def test_illegal_pairs_of_8_bits() -> None:
+    """Of the 65536 pairs of bytes, 255 · 255 normal ones and 2 · 128 with an outlier are written; 255 are not."""
+    k = pair_kind("int8")
+    codes = [sign | code for sign in (0, 0x80) for code in range(1, len(k.outliers) + 1)]
+    assert len(codes) == 128
+    legal = {(a, b) for a in range(256) for b in range(256) if 0x80 not in (a, b)}
+    legal |= {(code, 0x80) for code in codes} | {(0x80, code) for code in codes}
+    every = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
+    beside_identifier = every[(every == 0x80).any(dim=1)]
+    refused = {tuple(pair.tolist()) for pair in beside_identifier if first_illegal(pair[None], k) is not None}
+    assert refused == {tuple(pair.tolist()) for pair in every} - legal
+    assert len(refused) == 255
+    assert first_illegal(every[(every != 0x80).all(dim=1)].reshape(255, -1), k) is None
+    row = torch.tensor([[5, 6, 0x80, 1], [5, 6, 0x41, 0x80]], dtype=torch.uint8)
+    assert first_illegal(row, k) == (1, 2, b"\x41\x80")  # 65 codes for more than 2^15
 
 
 def test_the_8_bit_alphabet() -> None:

@@ -1,6 +1,6 @@
 """docs/ovp-vectors.json: what the tool writes now, and what an implementation written from docs/ovp-format.md makes.
 
-The second half imports nothing of the library: it is what a stranger with the document would write.
+tests/numerics/stranger.py imports nothing of the library: it is what a stranger with the document would write.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import stranger
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ["int", "flint", "flint_i8"]
@@ -36,65 +37,13 @@ def test_the_file_is_what_the_tool_writes() -> None:
     assert json.loads(json.dumps(_tool().vectors())) == _vectors()
 
 
-# --- from the document alone
-
-NORMALS = {
-    "int": {**{code: code for code in range(8)}, **{code: code - 16 for code in range(9, 16)}},
-    "flint": dict(zip([*range(8), *range(9, 16)], [0, 1, 2, 3, 16, 8, 4, 6, -1, -2, -3, -16, -8, -4, -6], strict=True)),
-}
-NORMALS["flint_i8"] = NORMALS["flint"]
-OUTLIER_MAGNITUDES = {
-    "int": [12, 16, 24, 32, 48, 64, 96],
-    "flint": [24, 32, 48, 64, 96, 128, 192],
-    "flint_i8": [20, 24, 32, 48, 64, 96, 120],
-}
-OUTLIERS = {
-    kind: {code | sign: -value if sign else value for sign in (0, 8) for code, value in enumerate(values, 1)}
-    for kind, values in OUTLIER_MAGNITUDES.items()
-}
-
-
 def _decode(kind: str, byte: int) -> list[int] | None:
-    low, high = byte & 15, byte >> 4
-    if high == 8:
-        return None if low in (0, 8) else [OUTLIERS[kind][low], 0]
-    if low == 8:
-        return None if high == 0 else [0, OUTLIERS[kind][high]]
-    return [NORMALS[kind][low], NORMALS[kind][high]]
-
-
-def _nearest(number: float, codes: dict[int, int], *, even: bool = False) -> tuple[int, int]:
-    """(code, value) of the nearest value; ties to the even value, or to the smaller magnitude."""
-    return min(codes.items(), key=lambda item: (abs(item[1] - number), item[1] % 2 if even else abs(item[1])))
+    return stranger.decode_pair(kind, byte & 15, byte >> 4)
 
 
 def _encode(kind: str, policy: str, a: float, b: float) -> int:
-    """Scale 1. Differences are exact in Python's floats for the numbers that the vectors have."""
-    normal = [_nearest(number, NORMALS[kind], even=kind == "int") for number in (a, b)]
-    outlier = [_nearest(number, OUTLIERS[kind]) for number in (a, b)]
-    as_normal, as_even, as_odd = normal[0][0] | normal[1][0] << 4, outlier[0][0] | 0x80, 8 | outlier[1][0] << 4
-    if policy == "optimal":
-        choices = [
-            (as_normal, (normal[0][1] - a) ** 2 + (normal[1][1] - b) ** 2),
-            (as_even, (outlier[0][1] - a) ** 2 + b**2),
-            (as_odd, a**2 + (outlier[1][1] - b) ** 2),
-        ]
-        if max(abs(a), abs(b)) > 1e6:  # far squares cancel: compare what is left of them
-            choices = [(code, float(_exact(kind, code, a, b))) for code, _ in choices]
-        return min(choices, key=lambda choice: choice[1])[0]  # the first of equals
-    edge = (max(NORMALS[kind].values()) + min(OUTLIER_MAGNITUDES[kind])) / 2
-    far = [abs(a) >= edge, abs(b) >= edge]
-    if not any(far):
-        return as_normal
-    even_stays = far[0] and (not far[1] or policy == "reference" or abs(a) >= abs(b))
-    return as_even if even_stays else as_odd
-
-
-def _exact(kind: str, byte: int, a: float, b: float) -> int:
-    """Squared error in 1/65536, in integers."""
-    decoded = _decode(kind, byte)
-    assert decoded is not None
-    return sum(int((value - int(number * 256) / 256) * 256) ** 2 for value, number in zip(decoded, (a, b), strict=True))
+    even, odd = stranger.encode_pair(kind, policy, a, b)
+    return even | odd << 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,3 +79,32 @@ def test_the_documents_example() -> None:
         cells = " | ".join(str(pair) for pair in expected)
         line = next(line for line in text.splitlines() if line.startswith(f"| ({a:g}, {b:g})"))
         assert " | ".join(cell.strip() for cell in line.split("|")[2:5]) == cells
+
+
+TENSORS: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in _vectors()["tensors"]}
+
+
+def test_the_tensors_are_those_that_need_an_example() -> None:
+    entries = list(TENSORS.values())
+    words = {entry["format"].split(":")[0] for entry in entries}
+    assert words == {"ovp4-int", "ovp4-flint", "ovp4-flint_i8", "ovp4-mix", "ovp8"}
+    assert {entry["scale_type"] for entry in entries} == {"float32", "float16", "e4m3"}
+    assert {"tensor", "row", 16, 32, 128} <= {entry["group"] for entry in entries}
+    assert {entry["policy"] for entry in entries} == set(POLICIES)
+    assert any(entry["importance"] for entry in entries)
+    assert any(entry["shape"][1] % 2 for entry in entries)
+    assert any(not any(row) for entry in entries for row in entry["numbers"])
+    assert any(entry["factor"] is not None and entry["scale_type"] == "float16" for entry in entries)
+    mixed = [entry for entry in entries if entry["kinds"]]
+    assert any(len(bytes.fromhex(entry["kinds"][0])) > 1 for entry in mixed)
+    assert any(int(row, 16) for entry in mixed for row in entry["kinds"])
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_stranger_decodes_whole_tensors(name: str) -> None:
+    assert stranger.decode(TENSORS[name]) == TENSORS[name]["decoded"]
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_stranger_writes_the_same_bytes_at_the_stored_scales(name: str) -> None:
+    assert stranger.encode(TENSORS[name]) == TENSORS[name]["bytes"]

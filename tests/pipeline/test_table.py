@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 import evenbits
 from evenbits.checkpoints.sources import open_model
 from evenbits.errors import EvenbitsError
+from evenbits.evaluation.class_metrics import bootstrap_errors
 from evenbits.evaluation.paired import paired
 from evenbits.evaluation.result import Evaluation
 from evenbits.pipeline import table as module
@@ -144,6 +145,29 @@ def test_a_table_is_the_same_twice(made: tuple[Table, list[str]], data: Path, tm
         assert (one.metric, one.p, one.weight_bytes) == (other.metric, other.p, other.weight_bytes)
 
 
+@pytest.mark.parametrize("metric", ["matthews", "f1"])
+def test_another_metric_with_its_bootstrap_errors(data: Path, tmp_path: Path, metric: str) -> None:
+    """As CoLA (Matthews) and MRPC (F1) need it."""
+    table = make_table(_recipe(tmp_path, metric=metric, runs=RUNS[1:]), data, say=lambda _: None)
+    baseline, _ = _independently(data, None)
+    scored, _ = _independently(data, RUNS[1])
+    first, row = table.rows
+    assert table.metric == metric
+    assert (first.metric, row.metric) == (baseline.metrics[metric], scored.metrics[metric])
+    assert first.metric != baseline.metrics["accuracy"]
+    assert row.difference == scored.metrics[metric] - baseline.metrics[metric] != 0
+    assert (row.standard_error, row.paired_error) == bootstrap_errors(metric, baseline.outcomes, scored.outcomes)
+    assert first.standard_error == bootstrap_errors(metric, baseline.outcomes, baseline.outcomes)[0] > 0
+    assert (first.paired_error, first.p, row.p) == (None, None, None)
+
+
+def test_accuracy_by_name_is_the_default(made: tuple[Table, list[str]], data: Path, tmp_path: Path) -> None:
+    named = make_table(_recipe(tmp_path, metric="accuracy", runs=RUNS[1:]), data, say=lambda _: None)
+    assert [(r.metric, r.standard_error, r.paired_error, r.p) for r in named.rows] == [
+        (r.metric, r.standard_error, r.paired_error, r.p) for r in (made[0].rows[0], made[0].rows[2])
+    ]
+
+
 @pytest.mark.parametrize("absolute", [True, False])
 def test_another_model_in_place_of_the_recipes(data: Path, tmp_path: Path, absolute: bool) -> None:
     recipe = _recipe(tmp_path, runs=RUNS[:1], **({} if absolute else {"model": str(data / "models" / "two")}))
@@ -183,6 +207,8 @@ def test_a_failing_run_names_itself(data: Path, tmp_path: Path, run: dict[str, A
         ({"calibration": "none.txt"}, "run 'pairs': there is no file none.txt"),
         ({"model": "models"}, "neither a Hugging Face folder"),
         ({"samples": 0}, "run 'pairs': samples"),
+        ({"metric": "mathews"}, "metric of task 'classification' 'mathews'. Did you mean 'matthews'"),
+        ({"metric": 3}, "'metric' must be text"),
     ],
 )
 def test_what_a_recipe_names_must_be_there(data: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:

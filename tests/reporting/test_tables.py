@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evenbits.reporting.tables import figure, show, size, table
+from evenbits.reporting.tables import figure, notes, show, size, table
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,12 @@ from evenbits.reporting.tables import figure, show, size, table
 )
 def test_figures(value: Any, expected: str) -> None:
     assert figure(value) == expected
+
+
+def test_notes_name_layers_together() -> None:
+    assert notes([("a", ""), ("b", "")]) == []
+    assert notes([("a", "odd"), ("b", ""), ("c", "odd"), ("d", "late")]) == ["odd: a, c.", "late: d.", ""]
+    assert notes([(f"l{i}", "odd") for i in range(10)])[0].endswith("l7 and 2 more.")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ other channels stay where they are, so groups keep their members as far as possi
 The permutation is folded into the rows of the layers that compute the input, through elementwise operations, where the
 trace shows that and the proof holds; else it is an index at run time.
 
-Left out: sorting all channels by size, which helps small groups more but tears every group apart.
+Left out: sorting all channels by size, which helps small groups more but tears every group apart; convolutions, whose
+pairs are kernel positions (weights) and pixels (activations) of one channel, so that an order of channels parts none
+but those of a 1 × 1 kernel's weight.
 Source: this project; what happens to pairs of two outliers is described in the OliVe paper, section 3.
 """
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from evenbits._version import __version__
 from evenbits.checkpoints import transformers as hf
+from evenbits.checkpoints.contents import check_contents, with_narrow_orders
 from evenbits.checkpoints.files import WEIGHTS, check_config, check_files, read_config, whole_folder, write_config
 from evenbits.checkpoints.state import State, model_state, restore
 from evenbits.errors import CheckpointError, EvenbitsError
@@ -36,7 +37,6 @@ from evenbits.numerics.format import Format
 VERSION = 1
 _KINDS: dict[str, type[QuantizedLayer]] = {"linear": QLinear} | {k.lower(): c for k, c in CONVOLUTIONS.items()}
 _LARGEST = 2**48  # elements of one layer; more is no real checkpoint
-_SCALES = ("weight_scale", "weight_global_scale", "input_scale", "input_multiplier")
 _MARGIN = 8 * 1024 * 1024  # config, tokenizer and file system overhead
 
 
@@ -119,15 +119,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     model: the float model (any weights) for a checkpoint that did not come from a Hugging Face model; it is changed in
     place. Raises CheckpointError, with `model` unchanged, for a folder that is not one of ours, was altered, has
-    another version or belongs to another model.
+    another version, holds numbers that its formats do not have, or belongs to another model.
     """
     folder = Path(path)
     config = read_config(folder)
     check_config(folder, config, VERSION)
     check_files(folder, config)
     state = _read_state(folder, config)
-    _check_scales(state)
     layers = _empty_layers(config)
+    check_contents(state, layers)
+    state = with_narrow_orders(state, layers)
     model = hf.skeleton(folder, config.get("source")) if model is None else model
     with ExitStack() as undo:
         undo.callback(_unfuse(model, config.get("unfused", {})))
@@ -180,12 +181,6 @@ def _check_place(name: str, layer: QuantizedLayer, present: nn.Module) -> None:
         )
 
 
-def _check_scales(state: State) -> None:
-    for name, tensor in state.tensors.items():
-        if name.endswith(_SCALES) and not bool(tensor.float().isfinite().all()):
-            raise CheckpointError(f"tensor {name!r} of the checkpoint holds scales that are not finite.")
-
-
 def _empty_layers(config: dict[str, Any]) -> dict[str, QuantizedLayer]:
     entries = config.get("layers")
     if not isinstance(entries, dict) or not entries or "" in entries:
@@ -209,6 +204,8 @@ def _empty_layer(entry: dict[str, Any]) -> QuantizedLayer:
     groups = int(entry["geometry"]["groups"]) if spatial else 1
     if entry["multiplier"] not in (0, shape[1] * groups):
         raise ValueError(f"{entry['multiplier']!r} multipliers for {shape[1] * groups} channels")
+    if entry["permutation"] not in (0, 0 if spatial else shape[1]):
+        raise ValueError(f"an order of {entry['permutation']!r} for {shape[1] * groups} channels")
     return kind.empty(
         shape,
         Format.parse(entry["weight"]),

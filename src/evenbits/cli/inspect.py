@@ -26,7 +26,7 @@ def inspect(
 
 
 def _show(found: dict[str, Any]) -> None:
-    from evenbits.reporting.tables import show, size, table
+    from evenbits.reporting.tables import notes, show, size, table
 
     columns = ["layer", "weights", "inputs", "shape", "true bits", "bytes", "output SQNR dB"]
     title = (
@@ -38,6 +38,7 @@ def _show(found: dict[str, Any]) -> None:
         heads = ["outlier-victim pairs", "kind", "NN %", "ON %", "OO %", "saturated %"]
         shares = [(name, p["kind"], p["nn"], p["on"], p["oo"], p["saturated"]) for name, p in pairs]
         show(table("N: normal, O: outlier", heads, shares, left=2), "")
+    show(*notes((layer["name"], layer["note"]) for layer in found["layers"]))
     if found["float_layers"]:
         kept = [(layer["name"], "×".join(map(str, layer["shape"])), layer["reason"]) for layer in found["float_layers"]]
         show(table("kept in float", ["layer", "shape", "why"], kept, left=3), "")

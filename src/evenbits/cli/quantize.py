@@ -74,7 +74,7 @@ def quantize(
 
 def _show(run: Run, model: str) -> None:
     from evenbits.checkpoints.sources import is_python
-    from evenbits.reporting.tables import show, size, table
+    from evenbits.reporting.tables import notes, show, size, table
 
     result = run.result
     columns = ["layer", "weights", "inputs", "bits", "SQNR dB", "output SQNR dB"]
@@ -83,6 +83,7 @@ def _show(run: Run, model: str) -> None:
         for row in result.quantized
     ]
     show(table(f"{len(quantized)} layers quantized", columns, quantized, left=3), "")
+    show(*notes((row.name, row.reason) for row in result.quantized))
     floats = [(row.name, "×".join(map(str, row.shape)), row.reason) for row in result.layers if row.status == "float"]
     if floats:
         show(table(f"{len(floats)} kept in float", ["layer", "shape", "why"], floats, left=3), "")

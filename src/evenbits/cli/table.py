@@ -36,4 +36,5 @@ def table(
         for r in made.rows
     ]
     show(draw(f"{made.title}, n = {made.n:,}", columns, rows))
-    show("±: one standard error; against float: the same items, paired; p: exact McNemar test.")
+    how = "p: exact McNemar test" if made.metric == "accuracy" else "by bootstrap over items, the same draws for both"
+    show(f"±: one standard error; against float: the same items, paired; {how}.")

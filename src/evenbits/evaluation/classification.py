@@ -1,13 +1,7 @@
 """Classification: how often the class with the largest logit is the right one.
 
-accuracy   right / all, with a 95 % Wilson interval
-matthews   correlation of prediction and truth, 0 for guessing; for K classes the R_K of Gorodkin,
-           (c·s - Σ p_k·t_k) / sqrt((s² - Σ p_k²)·(s² - Σ t_k²)), c right, s all, p_k predicted as k, t_k truly k
-f1         2·tp / (2·tp + fp + fn) of class 1, for two classes only
-
+Accuracy with a 95 % Wilson interval, the Matthews correlation and, for two classes, F1 (evaluation/class_metrics.py).
 Sentences are tokenized batch by batch in the order of the data, padded to the longest of the batch and truncated.
-Source of R_K: J. Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient,
-Computational Biology and Chemistry 28 (2004).
 """
 
 from __future__ import annotations
@@ -24,6 +18,7 @@ from evenbits.data.arrays import ARRAY_SUFFIXES, Arrays, batches, read_arrays
 from evenbits.data.labelled import Labelled, read_labelled
 from evenbits.data.text import Tokenizer
 from evenbits.errors import EvenbitsError
+from evenbits.evaluation.class_metrics import METRICS, count
 from evenbits.evaluation.intervals import wilson
 from evenbits.evaluation.result import Evaluation
 from evenbits.evaluation.running import evaluating, logits_of, progress_bar
@@ -51,7 +46,8 @@ def classification(
     batch_size: inputs per call of the model; batches handed in keep their own size.
     max_length: longest sentence in tokens; the rest is truncated.
 
-    Metrics: accuracy, matthews and, for two classes, f1. items are 1 (right) or 0 (wrong) per input.
+    Metrics: accuracy, matthews and, for two classes, f1. items are 1 (right) or 0 (wrong) per input, outcomes the
+    predicted and the true class.
     Raises EvenbitsError for unreadable or empty data, sentences without a tokenizer, labels that are not classes of the
     model, and logits that are NaN or not [N, classes].
     """
@@ -159,28 +155,12 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, done: int) -> None:
 
 def _result(predicted: torch.Tensor, true: torch.Tensor, classes: int) -> Evaluation:
     """Metrics of predicted [N] and true [N] classes."""
-    right = predicted == true
-    correct, total = int(right.sum()), len(true)
-    correlation = matthews(predicted, true)
-    metrics = {"accuracy": correct / total, "matthews": 0.0 if correlation is None else correlation}
+    outcomes = tuple(zip(predicted.tolist(), true.tolist(), strict=True))
+    items, counts = tuple(int(a == b) for a, b in outcomes), count(predicted.tolist(), true.tolist(), classes)
+    metrics = {name: float(metric(counts)[0]) for name, metric in METRICS.items() if name != "f1" or classes == 2}
     notes: tuple[str, ...] = ()
-    if correlation is None:
+    if math.isnan(metrics["matthews"]):
+        metrics["matthews"] = 0.0
         notes = ("matthews is 0 by convention: the predictions or the labels are all one class",)
-    if classes == 2:
-        hits = int((right & (true == 1)).sum())
-        metrics["f1"] = 2 * hits / (2 * hits + total - correct) if hits else 0.0
-    return Evaluation("classification", metrics, total, wilson(correct, total), tuple(right.int().tolist()), notes)
-
-
-def matthews(predicted: torch.Tensor, true: torch.Tensor) -> float | None:
-    """Gorodkin's R_K of predicted [N] and true [N] classes, int64.
-
-    None where it is undefined: all predictions, or all labels, are of one class.
-    """
-    classes = int(torch.maximum(predicted.max(), true.max())) + 1
-    predicted_as = torch.bincount(predicted, minlength=classes)
-    truly = torch.bincount(true, minlength=classes)
-    total, correct = len(true), int((predicted == true).sum())
-    together = correct * total - int((predicted_as * truly).sum())
-    spread = (total**2 - int((predicted_as**2).sum())) * (total**2 - int((truly**2).sum()))
-    return together / math.sqrt(spread) if spread else None
+    interval = wilson(sum(items), len(items))
+    return Evaluation("classification", metrics, len(items), interval, items, notes, outcomes)

@@ -20,6 +20,7 @@ class Evaluation:
     items: one result per item, in the order of the data, so that two models can be compared item by item: 1 or 0 for
         a class that is right or wrong, (negative log-likelihood in nats, predicted tokens) for a document.
     notes: sentences about how the data was treated: what was truncated, cut or left out.
+    outcomes: of a classification, (predicted class, true class) per item: what other figures than accuracy are made of.
     """
 
     task: str
@@ -28,9 +29,10 @@ class Evaluation:
     interval: tuple[float, float] | None
     items: Items
     notes: tuple[str, ...] = ()
+    outcomes: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the items, as plain JSON values; a number that is not finite becomes None."""
+        """Everything but the items and outcomes, as plain JSON values; a number that is not finite becomes None."""
         return {
             "task": self.task,
             "metrics": finite(self.metrics),

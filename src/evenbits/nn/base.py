@@ -6,7 +6,7 @@ Buffers (tensor names are those of compressed-tensors where it has them):
     bias               float [O];                       weight_sum  int32 [O], Σ codes of a row (affine activations)
     input_scale        float32 [1] if calibrated;       input_zero_point   int32 [1]
     input_multiplier   float32 [I], 1/s of a smoothing that could not be folded into the layer before
-    input_permutation  int32 [I], order of the weight's columns if it could not be folded
+    input_permutation  int16 [I] (int32 from 32768 channels), order of the weight's columns if it could not be folded
 O: out, I: in, K: columns of the weight's matrix view (I, or I·kh·kw / groups), G: groups, B: bytes per row.
 """
 
@@ -28,6 +28,7 @@ from evenbits.numerics.format import Format
 from evenbits.numerics.qdtypes import QDtype
 from evenbits.numerics.qtensor import QTensor
 
+# What is stored to say what the weight does to an input, and so counts in its true bits; the bias is float either way.
 WEIGHT_BUFFERS = (
     "weight",
     "weight_scale",
@@ -35,6 +36,8 @@ WEIGHT_BUFFERS = (
     "weight_global_scale",
     "weight_kinds",
     "weight_sum",
+    "input_multiplier",
+    "input_permutation",
 )
 _SCALE_BUFFERS = ("weight_scale", "weight_global_scale", "input_scale", "input_multiplier")
 
@@ -123,7 +126,7 @@ class QuantizedLayer(nn.Module):
                 **kwargs,
             )
             if permutation:
-                layer.input_permutation = torch.empty(permutation, dtype=torch.int32)
+                layer.input_permutation = torch.empty(permutation, dtype=index_type(permutation))
             return layer
 
     def qweight(self) -> QTensor:
@@ -183,7 +186,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of codes, scales, zero points and row sums."""
+        """Bytes of codes, scales, zero points and row sums, and of a smoothing or an order of channels not folded."""
         return sum(b.nbytes for name in WEIGHT_BUFFERS if (b := getattr(self, name)) is not None)
 
     @property
@@ -193,7 +196,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits per weight: codes, scales, zero points and row sums counted."""
+        """True bits per weight: everything of `weight_bytes` counted."""
         return 32 * self.weight_bytes / self.float_weight_bytes
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLayer:
@@ -211,6 +214,11 @@ class QuantizedLayer(nn.Module):
         return (
             f"{shape}, weight={self.weight_format}, input={self.input_format or 'float'}, bias={self.bias is not None}"
         )
+
+
+def index_type(count: int) -> torch.dtype:
+    """The narrowest type that an order of `count` channels is stored in."""
+    return torch.int16 if count <= 1 << 15 else torch.int32
 
 
 def _row_sums(weight: QTensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ class QLinear(QuantizedLayer):
 
     def arranged(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] in the order of the weight's columns, where that is another."""
-        return x if self.input_permutation is None else x.index_select(-1, self.input_permutation)
+        return x if self.input_permutation is None else x.index_select(-1, self.input_permutation.int())
 
     @property
     def is_packed(self) -> bool:

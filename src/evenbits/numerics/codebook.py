@@ -113,7 +113,10 @@ def _parse(name: str) -> Codebook:
     if family == "fp":
         e, m = (int(exponent), int(mantissa)) if exponent is not None else _default_float(name, bits, signed)
         if e + m != magnitude_bits or e < 1:
-            raise EvenbitsError(f"{name!r}: exponent and mantissa must fill {magnitude_bits} bits, with an exponent.")
+            raise EvenbitsError(
+                f"{name!r}: exponent and mantissa must fill {magnitude_bits} bits, with an exponent. Allowed: "
+                f"{_float_layouts(bits, signed)}."
+            )
         magnitudes = _float(e, m, signed=signed)
     elif family == "abfloat":
         magnitudes = _abfloat(magnitude_bits, int(bias) if bias is not None else 2)
@@ -127,9 +130,17 @@ def _parse(name: str) -> Codebook:
 def _default_float(name: str, bits: int, signed: bool) -> tuple[int, int]:
     if not signed or bits not in _DEFAULT_FLOATS:
         raise EvenbitsError(
-            f"{name!r}: only fp4 and fp8 have a default layout; spell it, such as {name}_e3m{bits - 4}."
+            f"{name!r}: only fp4 and fp8 have a default layout; spell it out: {_float_layouts(bits, signed)}."
         )
     return _DEFAULT_FLOATS[bits]
+
+
+def _float_layouts(bits: int, signed: bool) -> str:
+    """The names of all floats of so many bits; those that reach beyond float32 are left out."""
+    width = bits - signed
+    layouts = [(e, width - e) for e in range(1, width + 1)]
+    held = [(e, m) for e, m in layouts if max(_float(e, m, signed=signed)) <= torch.finfo(torch.float32).max]
+    return ", ".join(f"{'' if signed else 'u'}fp{bits}_e{e}m{m}" for e, m in held)
 
 
 def _mirrored(magnitudes: list[float]) -> tuple[float, ...]:

@@ -119,6 +119,11 @@ class Format:
         step = self.granularity.size if self.rule.block else 2 if isinstance(self.dtype, PairType) else 1
         return -(-columns // step) * step
 
+    def padding(self, columns: int) -> str:
+        """What to know about a row of `columns`: "33 columns stored as 34", or nothing where no zeros are added."""
+        stored = self.stored_columns(columns)
+        return "" if stored == columns else f"{columns} column{'s' * (columns > 1)} stored as {stored}"
+
     def fitted(self, shape: tuple[int, ...]) -> Format:
         """This format as it applies to a tensor of `shape`: a group wider than a row becomes the row's width (pairs:
         the next even one). Raises EvenbitsError for pairs in groups of an odd size.
@@ -132,10 +137,15 @@ class Format:
         return replace(self, granularity=self.granularity.fitted((*shape[:-1], self.stored_columns(shape[-1]))))
 
     def with_policy(self, policy: str) -> Format:
-        """This format with another pair policy (no change for other types). Raises EvenbitsError for an unknown one."""
+        """This format with another pair policy. Raises EvenbitsError for an unknown one and for types without pairs."""
         if policy not in POLICIES:
             raise unknown_name("pair policy", policy, POLICIES)
-        return replace(self, rule=replace(self.rule, policy=policy)) if isinstance(self.dtype, PairType) else self
+        if not isinstance(self.dtype, PairType):
+            raise EvenbitsError(
+                f"the policy {policy!r} says which of two outliers stays, and {self} has no pairs; leave policy away "
+                "or use a format of pairs, such as 'ovp4:row'."
+            )
+        return replace(self, rule=replace(self.rule, policy=policy))
 
     @staticmethod
     def parse(spelling: str | Format) -> Format:
@@ -213,9 +223,13 @@ def _with_option(rule: ScaleRule, option: str, dtype: ElementType, spelling: str
     match = _PERCENTILE.fullmatch(option)
     if match and 50 < float(match[1]) <= 100:
         return replace(rule, range="percentile", percentile=float(match[1]))
+    raise EvenbitsError(f"{spelling!r}: unknown option {option!r}. Allowed: {_options_of(dtype)}.")
+
+
+def _options_of(dtype: ElementType) -> str:
+    allowed = ["affine", "free"] if isinstance(dtype, QDtype) else []
+    allowed += ["mse", "minmax", "pN with 50 < N <= 100 (such as p99.9)"]
+    allowed += ["3sigma", *POLICIES] if isinstance(dtype, PairType) else []
     half = _half_range(dtype)
-    convention = f", {half} (scale = absmax / {half})" if half else ""
-    raise EvenbitsError(
-        f"{spelling!r}: unknown option {option!r}. Allowed: affine, free, mse, minmax, 3sigma, pN with 50 < N <= 100 "
-        f"(such as p99.9){convention}."
-    )
+    allowed += [f"{half} (scale = absmax / {half})"] if half and dtype.signed else []
+    return ", ".join(allowed)

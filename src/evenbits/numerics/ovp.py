@@ -9,10 +9,10 @@ victim, as zero. The byte stays a byte, and the scale can serve the many.
     (o, 1000)    even is the outlier: 14          flint       0 ±1 2 3 4 6 8 16          ±24 32 48 64 96 128 192
     (1000, o)    odd is the outlier: 14           flint_i8    as flint                   ±20 24 32 48 64 96 120
 
-253 bytes are legal; (1000, 1000), (1000, 0000) and (0000, 1000) are not. Outlier nibbles are sign, two exponent bits
-and one mantissa bit (abfloat, bias 2 or 3); `flint_i8` replaces the outermost magnitudes so that every value fits int8.
-At 8 bits a
-pair is two bytes: normal −127 … 127, identifier 0x80, outliers (8 + m) << (e + 4) up to 2^15.
+253 bytes are legal; (1000, 1000), (1000, 0000) and (0000, 1000) are not (`first_illegal`). Outlier nibbles are sign,
+two exponent bits and one mantissa bit (abfloat, bias 2 or 3); `flint_i8` replaces the outermost magnitudes so that
+every value fits int8. At 8 bits a pair is two bytes: normal −127 … 127, identifier 0x80, outliers (8 + m) << (e + 4) up
+to 2^15.
 
 Normal values are the nearest ones; ties go to the even integer (int) or the smaller magnitude (flint, and all
 outliers).
@@ -203,20 +203,24 @@ def legal_bytes(kind: PairKind) -> torch.Tensor:
     return ~((low == 8) & ((high == 8) | (high == 0)) | (high == 8) & (low == 0))
 
 
-def first_illegal(bytes_RB: torch.Tensor, kind: PairKind) -> tuple[int, int, int] | None:
-    """(row, byte index in the row, byte) of the first illegal byte (8 bits: pair), or None."""
+def first_illegal(bytes_RB: torch.Tensor, kind: PairKind) -> tuple[int, int, bytes] | None:
+    """The first illegal pair of uint8 [R, B]: (row, offset of its first byte in the row, its byte or bytes), or None.
+
+    4 bits: 0x88, 0x08 and 0x80. 8 bits (B even): the identifier 0x80 beside another one, or beside what is no outlier
+    code: a byte whose lower seven bits are 0 or above 64. Everything else an encoder may write.
+    """
     if kind.bits == 4:
-        illegal = ~legal_bytes(kind).to(bytes_RB.device)[bytes_RB.long()]
+        illegal = (bytes_RB == 0x88) | (bytes_RB == 0x08) | (bytes_RB == 0x80)
     else:
-        codes = bytes_RB.reshape(len(bytes_RB), -1, 2)
-        victim = codes == IDENTIFIER[8]
-        known = _code_values(kind)[1].to(codes.device)[codes.long()] != 0
-        illegal = (victim & (victim.flip(-1) | ~known.flip(-1))).reshape(bytes_RB.shape)
-    found = illegal.nonzero()
-    if not len(found):
+        pairs = bytes_RB.reshape(len(bytes_RB), -1, 2)
+        magnitude = pairs & 0x7F
+        outlier = (magnitude > 0) & (magnitude <= len(kind.outliers))
+        illegal = ((pairs == IDENTIFIER[8]) & ~outlier.flip(-1)).any(dim=-1)
+    if not bool(illegal.any()):
         return None
-    row, column = (int(i) for i in found[0])
-    return row, column, int(bytes_RB[row, column])
+    row, pair = (int(index) for index in illegal.nonzero()[0])
+    width = kind.bits // 4
+    return row, pair * width, bytes(bytes_RB[row, pair * width : (pair + 1) * width].tolist())
 
 
 @cache

@@ -90,6 +90,11 @@ class QTensor:
         """Columns of a row as stored (padded for pairs and fixed blocks)."""
         return self.format.stored_columns(self.format.granularity.matrix_shape(self.shape)[1])
 
+    @property
+    def note(self) -> str:
+        """What to know about how it is stored: "33 columns stored as 34" where rows are padded with zeros, else ""."""
+        return self.format.padding(self.format.granularity.matrix_shape(self.shape)[1])
+
     def codes(self) -> torch.Tensor:
         """The codes of an integer format: int8 or uint8 [R, K], the matrix view. Raises EvenbitsError for others."""
         columns = self.format.granularity.matrix_shape(self.shape)[1]

@@ -26,6 +26,11 @@ from evenbits.schemes.scheme import Scheme
 
 _FIRST_ONLY = "α was tuned on the first {} batches: the data can be walked only once. Pass a list to tune on all of it."
 
+# The pairs of a weight run along (in, kernel height, kernel width), those of an activation along the pixels.
+_NO_ORDER = (
+    "an order of channels is for linear layers: a convolution's pairs are kernel positions and pixels of one channel"
+)
+
 _UNSEEN = "did not run on the calibration data: no statistics"
 
 
@@ -179,4 +184,4 @@ def _why_skipped(region: Region, watched: Watched, method: str) -> str:
 def _why_left_out(plan: LayerPlan, ran: Collection[str], *, permutes: bool) -> str:
     if plan.name not in ran:
         return _UNSEEN
-    return "an order of channels is for linear layers only" if permutes and plan.channels.spatial else ""
+    return _NO_ORDER if permutes and plan.channels.spatial else ""

@@ -127,7 +127,7 @@ def _row(plan: LayerPlan, solved: Solved | None, model: nn.Module) -> LayerRow:
         format=str(module.weight_format),
         input_format=_input_format(module),
         status="quantized",
-        reason=solved.note,
+        reason="; ".join(note for note in (solved.note, module.qweight().note) if note),
         shape=plan.shape,
         bits_per_weight=module.bits_per_weight,
         weight_bytes=module.weight_bytes,

@@ -59,9 +59,10 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class Result:
-    """A quantization run. Bytes: `weight_bytes` are codes, scales, zero points and row sums of the quantized layers,
-    `float_weight_bytes` four bytes for each of their elements, `model_bytes` the whole model now. search: what looking
-    for scales took; probe: speeds that were measured before conversion, if asked for."""
+    """A quantization run. Bytes: `weight_bytes` are codes, scales, zero points, row sums of the quantized layers, and
+    what of a smoothing or an order of channels could not be folded; `float_weight_bytes` four bytes for each of their
+    elements, `model_bytes` the whole model now. search: what looking for scales took; probe: speeds that were measured
+    before conversion, if asked for."""
 
     scheme: dict[str, Any]
     method: str

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from evenbits.algorithms.base import ActivationQuantizer, LayerStats
 from evenbits.errors import EvenbitsError
-from evenbits.nn.base import QuantizedLayer
+from evenbits.nn.base import QuantizedLayer, index_type
 from evenbits.nn.conv import QConv
 from evenbits.nn.replace import quantized_class
 from evenbits.numerics.format import Format
@@ -99,7 +99,7 @@ def build_layer(
     kwargs = {"geometry": QConv.geometry_of(module)} if plan.channels.spatial else {}
     layer = make(quantized, plan.shape, bias, activation, multiplier, **kwargs).to(weight.device)
     if perm_I is not None and plan.name in balanced.indexed:
-        layer.input_permutation = perm_I.to(weight.device, torch.int32)
+        layer.input_permutation = perm_I.to(weight.device, index_type(len(perm_I)))
     return layer, weight, quantized
 
 

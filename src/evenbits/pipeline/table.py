@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.checkpoints.sources import open_model
-from evenbits.errors import EvenbitsError
+from evenbits.errors import EvenbitsError, unknown_name
+from evenbits.evaluation.class_metrics import METRICS, bootstrap_errors
 from evenbits.evaluation.paired import paired
 from evenbits.evaluation.result import Evaluation, finite
 from evenbits.evaluation.tasks import evaluate
@@ -22,7 +23,8 @@ from evenbits.schemes.recipe import Recipe, RecipeRun
 
 @dataclass(frozen=True)
 class TableRow:
-    """One run. metric: the task's first figure; difference, paired_error, p: against float on the same items."""
+    """One run. metric: the recipe's figure, or the task's first; standard_error: binomial of accuracy, by bootstrap of
+    Matthews and F1; difference, paired_error, p: against float on the same items (p of accuracy only)."""
 
     name: str
     metric: float
@@ -61,15 +63,15 @@ def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Cal
     baseline = evaluate(
         source.model, task=recipe.task, data=_below(data, recipe.evaluation), tokenizer=source.tokenizer
     )
-    metric = next(iter(baseline.metrics))
-    rows = [_row("float", baseline, None, None, recipe.published)]
+    metric = _metric(recipe, baseline)
+    rows = [_row("float", metric, baseline, None, None, recipe.published)]
     for run in recipe.runs:
         say(f"{run.name} …")
         try:
             scored, result = _run(recipe, run, name, data)
         except EvenbitsError as error:
             raise EvenbitsError(f"run {run.name!r}: {error}") from error
-        rows.append(_row(run.name, scored, baseline, result, run.published))
+        rows.append(_row(run.name, metric, scored, baseline, result, run.published))
     return Table(recipe.title, metric, baseline.n, tuple(rows))
 
 
@@ -89,21 +91,44 @@ def _below(data: Path, name: str) -> str:
     return str(data / name) if (data / name).exists() else name
 
 
+def _metric(recipe: Recipe, baseline: Evaluation) -> str:
+    if recipe.metric is None:
+        return next(iter(baseline.metrics))
+    if recipe.metric not in baseline.metrics:
+        raise unknown_name(f"metric of task {recipe.task!r}", recipe.metric, baseline.metrics)
+    return recipe.metric
+
+
 def _row(
-    name: str, scored: Evaluation, baseline: Evaluation | None, result: Result | None, published: float | None
+    name: str,
+    metric: str,
+    scored: Evaluation,
+    baseline: Evaluation | None,
+    result: Result | None,
+    published: float | None,
 ) -> TableRow:
-    metric, value = next(iter(scored.metrics.items()))
-    share = metric == "accuracy"
-    compared = paired(baseline.items, scored.items) if share and baseline is not None else None
+    value = scored.metrics[metric]
+    error, paired_error, p = _errors(metric, scored, scored if baseline is None else baseline)
     return TableRow(
         name=name,
         metric=value,
-        standard_error=sqrt(value * (1 - value) / scored.n) if share else None,
+        standard_error=error,
         difference=None if baseline is None else value - baseline.metrics[metric],
-        paired_error=None if compared is None else compared.standard_error,
-        p=None if compared is None else compared.p,
+        paired_error=None if baseline is None else paired_error,
+        p=None if baseline is None else p,
         bits_per_weight=32.0 if result is None else 32 * result.weight_bytes / result.float_weight_bytes,
         weight_bytes=None if result is None else result.weight_bytes,
         seconds=None if result is None else result.seconds,
         published=published,
     )
+
+
+def _errors(metric: str, scored: Evaluation, baseline: Evaluation) -> tuple[float | None, float | None, float | None]:
+    """Standard error of the figure and of its difference to float, and McNemar's p. A share of items has closed forms;
+    other figures of classes are drawn again, and have no p; a perplexity has neither here."""
+    if metric == "accuracy":
+        share, compared = scored.metrics[metric], paired(baseline.items, scored.items)
+        return sqrt(share * (1 - share) / scored.n), compared.standard_error, compared.p
+    if metric in METRICS and scored.outcomes:
+        return (*bootstrap_errors(metric, baseline.outcomes, scored.outcomes), None)
+    return None, None, None

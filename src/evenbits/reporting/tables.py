@@ -45,6 +45,19 @@ def size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
+def notes(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines of (name, what to know about it), names with the same note together: "33 columns stored as 34: a, b."."""
+    together: dict[str, list[str]] = {}
+    for name, note in pairs:
+        if note:
+            together.setdefault(note, []).append(name)
+    lines = []
+    for note, names in together.items():
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        lines.append(f"{note}: {', '.join(names[:8])}{more}.")
+    return [*lines, ""] if lines else []
+
+
 def show(*parts: Any) -> None:
     """Prints tables and lines to standard output; wide tables are not cut when output is piped."""
     console = Console(highlight=False, soft_wrap=False)

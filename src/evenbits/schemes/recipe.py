@@ -3,6 +3,7 @@
     title: …
     model: minilm_glue/sst2          # a folder below the data folder, an absolute one, or a hub id
     task: classification
+    metric: matthews                 # optional: the task's first (accuracy) otherwise; F1 is f1
     evaluation: sst2/dev.tsv
     calibration: sst2/train.tsv      # optional
     samples: 128                     # optional
@@ -30,6 +31,7 @@ from evenbits.schemes.scheme import Scheme, resolve
 # What a key holds, where it is not text. Runs and schemes are checked by those who read them.
 _VALUES: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "calibration": ("text", (str, NoneType)),
+    "metric": ("text", (str, NoneType)),
     "method": ("text", (str, NoneType)),
     "options": ("keys and values", (dict,)),
     "published": ("a number", (int, float, NoneType)),
@@ -62,6 +64,7 @@ class Recipe:
     calibration: str | None = None
     samples: int = 128
     published: float | None = None
+    metric: str | None = None
 
 
 def shipped() -> list[str]:
