@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,13 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Items per forward (classification). Default: 32.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per item (classification). Default: 128.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, for float models.")] = "float32",
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Run static int8 convolutions as byte chains (evenbits.pipeline.fuse).")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Of --fuse: arrays or FILE.py:batches for ranges of sums. Default: the first 32 of --data."),
+    ] = None,
     detach: options.Detach = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -44,6 +52,7 @@ def evaluate(
     with working(detach):
         from evenbits.checkpoints.sources import is_python, load_object, open_model
         from evenbits.data.text import read_text
+        from evenbits.errors import EvenbitsError
         from evenbits.evaluation.tasks import evaluate as run
         from evenbits.evaluation.tasks import task_function
 
@@ -54,9 +63,18 @@ def evaluate(
             items = items() if callable(items) else items
         elif separator is not None:
             items = read_text(data, separator=separator)
+        if calibration is not None and not fuse:
+            raise EvenbitsError("--calibration is for byte chains; give --fuse, too, or leave it out.")
         source = open_model(model, factory=factory, dtype=dtype)
+        scored, notes = source.model, list[str]()
+        if fuse:
+            from evenbits.pipeline.chains import fused_source
+
+            fused = fused_source(source, data, calibration)
+            scored, notes = fused.model, [fused.summary]
         given = {name: value for name, value in options.items() if value is not None}
-        found = run(source.model, task=task, data=items, tokenizer=source.tokenizer, **given)
+        found = run(scored, task=task, data=items, tokenizer=source.tokenizer, **given)
+        found = replace(found, notes=(*found.notes, *notes))
     if as_json:
         emit(found.to_json())
         return
