@@ -11,7 +11,7 @@
 | a · b                                    | one of them carries, the other is fixed; a parameter carries     |
 | attention · values, a @ b                | linear in b along its last dimension: b carries                  |
 | x @ W.T for a parameter W of no layer   | W's columns are a reader of x's factors                          |
-| LayerNorm, GroupNorm, RMSNorm, BatchNorm | the input is fixed; gain and bias are sources                    |
+| LayerNorm, GroupNorm, RMSNorm, BatchNorm | the input is fixed; gain and bias are sources (normed.py)        |
 
 Rules return labels for the output (a list for several outputs) or raise `Opaque`.
 """
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from evenbits.graph.normed import normed
 from evenbits.graph.padding import joined_with_zeros, padded
 from evenbits.graph.variables import ONE, Opaque
 
@@ -245,32 +246,6 @@ def _attention(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any
     return [labels.repeat_interleave(repeats, dim=1) if labels.shape[1] > 1 else labels]
 
 
-def _normed(gain_at: int, shift_at: int | None, channel_dim: int) -> Callable[..., Any]:
-    def rule(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        x = args[0]
-        name = base_name(func).removeprefix("native_")
-        look.fix(look.labels(x), f"its tensor is also read by {name}{look.place}")
-        gain = look.parameter(args[gain_at]) if len(args) > gain_at else None
-        gain = gain if gain is not None else look.labels(args[gain_at]) if len(args) > gain_at else None
-        shift = args[shift_at] if shift_at is not None and len(args) > shift_at else None
-        if gain is None or gain.ndim != 1:
-            look.fix(gain, "a norm's gain of more than one dimension")
-            return None
-        if shift is not None:
-            found = look.parameter(shift)
-            found = found if found is not None else look.labels(shift)
-            if found is None:
-                look.fix(gain, "its bias is no parameter")
-                return None
-            look.variables.unify(gain, found)
-        shape = [1] * x.ndim
-        shape[channel_dim] = -1
-        labels = gain.view(shape)
-        return [labels] if isinstance(output, (list, tuple)) else labels
-
-    return rule
-
-
 def is_exact(func: Any, tensors: int) -> bool:
     """Whether an operation on one tensor gives its elements, in another order or with a number added."""
     return tensors == 1 and RULES.get(base_name(func)) in (_copy, _rearranged, _added)
@@ -343,8 +318,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     **_named("bmm matmul mm", _product),
     **_named(_ATTENTIONS, _attention),
-    "native_layer_norm": _normed(2, 3, -1),
-    **_named("_fused_rms_norm rms_norm", _normed(2, None, -1)),
-    "native_group_norm": _normed(1, 2, 1),
-    **_named(_BATCH_NORMS, _normed(1, 2, 1)),
+    "native_layer_norm": normed(2, 3, -1),
+    **_named("_fused_rms_norm rms_norm", normed(2, None, -1)),
+    "native_group_norm": normed(1, 2, 1),
+    **_named(_BATCH_NORMS, normed(1, 2, 1)),
 }
