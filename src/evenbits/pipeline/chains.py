@@ -25,8 +25,9 @@ def chain_notes(layers: Iterable[QuantizedLayer]) -> tuple[str, ...]:
         return ()
     slow = f"{len(static)} static convolutions quantize and convert one by one, which can be slower than float"
     if len(static) - multiplied < 2:
-        return (f"{slow}. Byte chains would not help: {multiplied} multiply their input (method rtn has none)",)
-    apart = f"; apart, as they multiply their input (method rtn has none): {multiplied}" if multiplied else ""
+        return (f"{slow}. Byte chains would not help: {multiplied} multiply their input (method rtn does not)",)
+    less = f"{multiplied} multiply their input, which ends chains or may leave none (method rtn has no such multiply)"
+    apart = f"; {less}" if multiplied else ""
     how = "pipeline.fuse.fuse(model, data), or evenbits evaluate --fuse; evenbits bench times both"
     return (f"{slow}. As byte chains they may hand on bytes: {how}{apart}",)
 
