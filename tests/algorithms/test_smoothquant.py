@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -81,6 +83,20 @@ def test_clamps() -> None:
 def test_alpha_outside_its_range(alpha: float) -> None:
     with pytest.raises(EvenbitsError, match=f"alpha must be between 0 and 1; given {alpha}"):
         smoothquant(ACT, [WEIGHT], alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "given"),
+    [([0.3, 0.7], r"\[0\.3, 0\.7\]"), (None, "None"), (True, "True"), ("0.5", "the string '0.5'"), (1j, "1j")],
+)
+def test_alpha_of_another_kind(alpha: Any, given: str) -> None:
+    with pytest.raises(EvenbitsError, match=rf"a number from 0 to 1, 'auto' or .*; given {given}\.$"):
+        smoothquant(ACT, [WEIGHT], alpha=alpha)
+
+
+def test_alpha_may_be_a_whole_number_or_numpys() -> None:
+    for alpha in (1, np.float32(1.0)):
+        assert smoothquant(ACT, [WEIGHT], alpha=alpha).choice == {"alpha": 1.0}
 
 
 @given(alpha=st.floats(0, 1), seed=st.integers(0, 2**16))

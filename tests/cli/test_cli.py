@@ -139,6 +139,38 @@ def test_a_plain_model_from_end_to_end(name: str, run: Run, net: str, tmp_path: 
     assert abs(plain["metrics"]["accuracy"] - scored["metrics"]["accuracy"]) <= 0.1
 
 
+CONVOLUTIONS = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+"""
+
+
+def test_byte_chains_are_named_by_quantize_and_run_by_evaluate(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(CONVOLUTIONS)
+    net, out = f"{tmp_path / 'net.py'}:build", tmp_path / "out"
+    generator = np.random.default_rng(0)
+    inputs, labels = generator.standard_normal((40, 3, 10, 10)).astype(np.float32), generator.integers(0, 3, 40)
+    np.savez(tmp_path / "xy.npz", inputs=inputs, labels=labels)
+    data, common = tmp_path / "xy.npz", ("--scheme", "W8A8_STATIC", "--method", "rtn")
+    told = run("quantize", net, "-o", out, *common, "--calibration", data).out
+    assert "3 static convolutions" in told and "evaluate --fuse" in told
+    scoring = ("evaluate", out, "--model", net, "--task", "classification", "--data", data)
+    plain, fused = run(*scoring, "--json").json, run(*scoring, "--fuse", "--json").json
+    assert fused["n"] == plain["n"] == 40 and abs(fused["metrics"]["accuracy"] - plain["metrics"]["accuracy"]) <= 0.1
+    assert any("byte chains: 2 of 3 convolutions hand on bytes" in note for note in fused["notes"])
+    given = run(*scoring, "--fuse", "--calibration", data, "--json").json
+    assert given["metrics"] == fused["metrics"]
+    run(*scoring, "--calibration", data).refused("give --fuse, too")
+    run("evaluate", net, *scoring[4:], "--fuse").refused("no convolution hands bytes")
+    batches = (*scoring[:-1], f"{tmp_path / 'net.py'}:build", "--fuse")
+    run(*batches).refused("byte chains need a few inputs")
+
+
 @pytest.mark.parametrize("scheme", ["W8A8", "W8A8_STATIC", "W8A16", "w4a16"])
 def test_a_hugging_face_model_from_end_to_end(scheme: str, run: Run, llama: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", llama.parent / "text.txt"

@@ -66,6 +66,8 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--batch-size": (None, True),
         "--max-length": (None, True),
         "--dtype": ("float32", True),
+        "--fuse": (False, False),
+        "--calibration": (None, True),
         "--detach": (None, True),
         "--json": (False, False),
     },

@@ -109,8 +109,9 @@ def forced(model: nn.Module, layers: Sequence[str], *sources: str, offset: float
 
 def proved(model: nn.Module, found: Sequence[Region], *inputs: Any) -> dict[str, str]:
     """What the proof refutes, on one batch."""
+    narrowest = min((tensor.dtype for tensor in model.parameters()), key=lambda dtype: dtype.itemsize)
     with torch.no_grad():
-        return prove(model, [lambda: model(*inputs)], found)
+        return prove(model, [lambda: model(*inputs)], found, narrowest=narrowest)
 
 
 class Trap(nn.Module):

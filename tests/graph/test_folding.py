@@ -295,6 +295,18 @@ def test_a_gain_that_overflows_or_vanishes_in_float16_is_known_before_it_is_fold
     assert fold.loses(torch.full((D,), 1e4))
 
 
+def test_one_number_too_small_for_float16_among_larger_ones_refuses_no_fold() -> None:
+    """MiniLM's value biases: -2e-6 beside numbers of a thousandth to a tenth."""
+    model = nn.Sequential(nn.Linear(4, D), nn.Linear(D, 4)).half().eval()
+    fold = Fold(model, forced(model, ["1"], "0"))
+    model[0].bias.data.fill_(0.01)[3] = -2e-6
+    assert not fold.loses(torch.full((D,), 8.0))
+    model[0].bias.data.fill_(-2e-6)  # all of them: nothing larger that they would be lost beside
+    assert fold.loses(torch.full((D,), 8.0))
+    model[0].bias.data.zero_()
+    assert not fold.loses(torch.full((D,), 8.0))
+
+
 def test_rows_that_overflow_in_float16_are_known_and_small_ones_are_rounded_like_all_others() -> None:
     model = nn.Sequential(nn.Linear(4, D), nn.ReLU(), nn.Linear(D, 4)).half().eval()
     fold = Fold(model, forced(model, ["2"], "0"))

@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], str]] = {
     "as a lookup": (lambda m, y: F.linear(y, m.weight) + F.embedding(torch.tensor(1), m.weight).sum(), "embedding"),
     "of another tensor": (
         lambda m, y: (F.linear(y, m.weight), F.linear(torch.ones(1, D, dtype=y.dtype), m.weight)),
-        "through which no factor passes",
+        "some of its channels are not scaled by anything that can be changed",
     ),
 }
 

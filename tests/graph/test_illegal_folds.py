@@ -19,6 +19,12 @@ from evenbits.schemes.scheme import Scheme
 
 OUTSIDE = "× its tensor comes from outside the model"
 
+
+def written(y: torch.Tensor) -> torch.Tensor:
+    y[:, 1] = 1.0
+    return y
+
+
 CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "ReLU6": F.relu6,
     "ReLU6 in place": lambda y: F.relu6(y, inplace=True),
@@ -57,7 +63,10 @@ CURVES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean of all": lambda y: y.mean() * torch.ones_like(y),
     "sum over no dimension": lambda y: y.sum(dim=[]) * torch.ones_like(y),
     "padding with ones": lambda y: F.pad(y, (1, 1), value=1.0),
-    "channels padded": lambda y: F.pad(y, (0, 0, 0, 0, 1, 1))[:, 1:-1] + F.pad(y, (0, 0, 0, 0, 0, 1))[:, 1:],
+    "channels padded with ones": lambda y: F.pad(y, (0, 0, 0, 0, 1, 0), value=1.0)[:, :D],
+    "channels of ones before": lambda y: torch.cat([torch.ones_like(y[:, :1]), y[:, 1:]], 1),
+    "zeros that were written to": lambda y: torch.cat([torch.zeros_like(y[:, :1]).add_(1.0), y[:, 1:]], 1),
+    "zeros that were written to in part": lambda y: torch.cat([written(torch.zeros_like(y[:, :2])), y[:, 2:]], 1),
     "channels and rows swapped": lambda y: F.interpolate(y.transpose(1, 2), (2 * D, 6)).transpose(1, 2)[:, 3 : 3 + D],
     "where": lambda y: torch.where(y > 0.1, y, 0.05 * torch.ones_like(y)),
     "masked fill": lambda y: y.masked_fill(y < 0.3, 0.3),

@@ -60,3 +60,36 @@ def test_legal_folds_are_proved_in_every_type_and_wrong_ones_are_not(offset: flo
     wrong = forced(model, ["c"], "n2.weight", offset=offset)
     assert list(proved(model, [found[0], wrong], x)) == ["c"]
     assert same_bits(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [2e-3, 1e-1])
+def test_a_hidden_reader_is_refuted_in_every_type(size: float, dtype: torch.dtype) -> None:
+    """numpy hides it from the trace. In float16 a tolerance of a hundredth of the output would let the smaller pass."""
+    hidden = lambda y: torch.from_numpy(y.float().numpy().copy()).to(y.dtype)  # noqa: E731
+    wrong = Trap(lambda m, x: m.a(m.norm(x)) + size * hidden(m.norm.weight) * hidden(x)).to(dtype).eval()
+    right = Trap(lambda m, x: m.a(m.norm(x)) + size * hidden(x)).to(dtype).eval()
+    x = torch.randn(8, D).to(dtype)
+    before = bits(wrong)
+    assert proved(wrong, [wrong.forced()], x) == {"a": "the fold changed the output when tried"}
+    assert proved(right, [right.forced()], x) == {}
+    assert same_bits(wrong, before) and not wrong._forward_pre_hooks
+
+
+def test_in_float16_small_numbers_are_judged_in_float32() -> None:
+    """Half of a weight of 2e-7 is rounded in float16: what is the same in real numbers is not to the last bit."""
+    model = Trap(lambda m, x: m.a(m.norm(x)) + 1000.0 * m.b(m.norm(x))).half().eval()
+    model.b.weight.data.fill_(3 * 2.0**-24), model.b.bias.data.zero_()
+    found = regions(model, torch.randn(3, D).half(), layers=["a"])
+    assert list(found[0].compensated) == ["b"]
+    before = bits(model)
+    assert proved(model, found, torch.randn(3, D).half()) == {}
+    assert same_bits(model, before)
+
+
+def test_a_model_with_a_type_in_its_code_is_refused_by_name() -> None:
+    model = Trap(lambda m, x: m.a(m.norm(x)) + 1000.0 * m.b(m.norm(x).half())).half().eval()
+    model.b.weight.data.fill_(3 * 2.0**-24), model.b.bias.data.zero_()
+    found = regions(model, torch.randn(3, D).half(), layers=["a"])
+    (reason,) = proved(model, found, torch.randn(3, D).half()).values()
+    assert reason == "cannot be proved: float16 is too coarse, and the model does not run in float32"

@@ -157,7 +157,7 @@ def test_a_residual_stream_that_begins_outside_is_multiplied_and_its_branches_ar
     body = lambda m, x: (lambda h: m.head(h + m.two(m.one(h).relu())))(x * 2.0)  # noqa: E731
     model = Handmade(body, one=lin(12), two=lin(D, 12), head=lin(4))
     expected = {
-        "one": "× computed by mul, through which no factor passes",
+        "one": OUTSIDE,
         "two": "the rows of one",
         "head": "× computed by add, through which no factor passes",
     }
@@ -189,7 +189,7 @@ def test_a_concatenation_is_folded_into_all_that_is_joined(second: str) -> None:
     model = Handmade(body, a=conv(width=3), **layers, c=conv(5, D + sizes[second]))
     expected = {
         "both free": {"{a,b}": OUTSIDE, "c": "the rows of {a,b}"},
-        "one from outside": {"a": OUTSIDE, "c": "× computed by cat, through which no factor passes"},
+        "one from outside": {"a": OUTSIDE, "c": "× some of its channels are not scaled by"},
         "the same twice": {"a": OUTSIDE, "c": "the rows of a"},
     }[second]
     check_smoothing(model, [torch.randn(2, 3, 5, 5)], expected)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import evenbits
+from evenbits.algorithms.base import Rebalance
 from evenbits.errors import EvenbitsError
+from evenbits.pipeline import balance as balance_module
 from evenbits.pipeline.balance import Balanced, balance
 from evenbits.pipeline.batches import Batches
 from evenbits.pipeline.methods import Methods
@@ -151,6 +155,32 @@ def test_nothing_to_smooth_is_an_error_that_says_why() -> None:
 
     with pytest.raises(EvenbitsError, match=r"no region was smoothed. a: did not run on the calibration data"):
         balanced(Idle(), [torch.randn(3, D)])
+
+
+def codes(rows: int, columns: int) -> torch.Tensor:
+    """Whole numbers with a 127 in each row: int8 with one scale a row, or for all, holds them exactly."""
+    found = torch.randint(-100, 101, (rows, columns)).float()
+    found[torch.arange(rows), torch.arange(rows) % columns] = 127.0
+    return found
+
+
+def test_a_search_that_finds_nothing_to_gain_says_so_and_a_number_smooths_all_the_same() -> None:
+    for scheme in ("W8A8", "W8A8_STATIC"):
+        model = nn.Sequential(nn.Linear(D, 5, bias=False))
+        model[0].weight.data = codes(5, D)
+        data = [codes(32, D)]
+        found = evenbits.quantize(copy.deepcopy(model), scheme=scheme, method="smoothquant", alpha="auto", data=data)
+        assert [row.status for row in found.regions] == ["skipped"]
+        assert any("found nothing to gain" in note and "each of 1 regions" in note for note in found.notes)
+        fixed = evenbits.quantize(model, scheme=scheme, method="smoothquant", alpha=0.5, data=data)
+        assert fixed.regions[0].status == "multiplied" and not any("nothing" in note for note in fixed.notes)
+
+
+def test_regions_none_of_which_is_smoothed_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that leaves every region alone without having searched."""
+    monkeypatch.setattr(balance_module, "decide", lambda *_: Rebalance(None, {}))
+    with pytest.raises(EvenbitsError, match=r"no region was smoothed\. \{q,k\}: the method left it alone"):
+        balanced(Pair(), [torch.randn(3, D)])
 
 
 def test_convolutions_share_one_s_with_the_layer_that_reads_their_mean() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,8 +247,37 @@ def test_names_that_differ_by_a_dot_only() -> None:
 def test_what_ends_a_chain_is_named() -> None:
     """What cannot be folded behind GELU is an explicit multiply, which bytes have no room for."""
     how = lambda m, x: m.d(F.relu(m.c(F.gelu(m.b(F.relu(m.a(x)))))))  # noqa: E731
-    with pytest.raises(EvenbitsError, match="a: its input has an explicit smoothing multiply; c: its input has an"):
-        fuse(quantized(how, method="smoothquant"), [picture()])
+    model = quantized(how, method="smoothquant")
+    with pytest.raises(EvenbitsError, match=r"2 of them multiply their input .*: quantize with method='rtn'.* a: its"):
+        fuse(model, [picture()])
+
+
+def test_a_chained_model_is_not_saved_and_the_quantized_one_is(tmp_path: Path) -> None:
+    """Chains hold no buffers that last: what was written would have no weights."""
+    model = quantized(NETS["relu"][0])
+    fused = fuse(model, [picture()])
+    with pytest.raises(EvenbitsError, match=r"byte chains \(2 convolutions, such as .*fuse it again after loading"):
+        evenbits.save(fused.model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    loaded = evenbits.load(evenbits.save(model, tmp_path / "out"), Net(NETS["relu"][0]).eval())
+    with torch.no_grad():
+        assert torch.equal(fuse(loaded, [picture()]).model(picture()), fused.model(picture()))
+
+
+def test_a_net_that_would_gain_by_chains_is_told_so() -> None:
+    model = Net(NETS["relu"][0]).eval()
+    (note,) = evenbits.quantize(model, scheme=AFFINE, method="rtn", data=[picture()]).notes
+    count = sum(isinstance(module, QConv) for module in model.modules())
+    assert note.startswith(f"{count} static convolutions") and "evaluate --fuse" in note and "apart" not in note
+    three = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    conv = evenbits.quantize(three, scheme=SYMMETRIC, method="smoothquant", data=[picture()])
+    assert any("; 1 multiply their input, which ends chains" in note for note in conv.notes)
+    gelu = Net(lambda m, x: m.d(F.gelu(m.c(F.relu(m.a(x)))))).eval()
+    notes = evenbits.quantize(gelu, scheme=SYMMETRIC, method="smoothquant", data=[picture()]).notes
+    assert any("chains would not help: 3 multiply" in note for note in notes)
+    for options in ({"scheme": "W8A8"}, {"scheme": "W4A16_OVP"}):
+        plain = evenbits.quantize(Net(NETS["relu"][0]).eval(), method=None, data=[picture()], **options)
+        assert not any("byte chains" in note for note in plain.notes)
 
 
 def test_two_readers_with_different_grids_get_floats() -> None:

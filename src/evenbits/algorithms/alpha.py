@@ -28,6 +28,9 @@ from evenbits.algorithms.base import Rebalance
 from evenbits.errors import EvenbitsError, unknown_name
 
 CRITERIA = ("loss", "min", "max", "mean")
+ALPHA_FORMS = (
+    "alpha is a number from 0 to 1, 'auto' or 'auto:LOW:HIGH:STEP', such as 0.5 or 'auto:0.3:0.7:0.05'; given {}."
+)
 Losses: TypeAlias = Sequence[Sequence[float]]
 Search: TypeAlias = Generator[Sequence[Rebalance], Losses, Rebalance]
 
@@ -54,10 +57,7 @@ class AlphaGrid:
         except ValueError:
             values = [math.nan]
         if word != "auto" or len(values) not in (0, 3):
-            raise EvenbitsError(
-                f"alpha is a number from 0 to 1, 'auto' or 'auto:LOW:HIGH:STEP', such as 'auto:0.3:0.7:0.05'; "
-                f"given {text!r}."
-            )
+            raise EvenbitsError(ALPHA_FORMS.format(f"the string {text!r}"))
         return AlphaGrid(*values).checked()
 
     def checked(self) -> AlphaGrid:

@@ -32,10 +32,11 @@ ICML 2023, section 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 
-from evenbits.algorithms.alpha import AlphaGrid, Search, search_alpha
+from evenbits.algorithms.alpha import ALPHA_FORMS, AlphaGrid, Search, search_alpha
 from evenbits.algorithms.base import Rebalance, balance_method
 from evenbits.errors import EvenbitsError
 
@@ -55,13 +56,15 @@ def smoothquant(
 
     act_absmax_I: [I], max |X_j| over the calibration data; weights_RI: of every layer that reads X, [R, I], what
     multiplies channel j in column j. alpha: a number, `auto` or `auto:LOW:HIGH:STEP`; criterion: of the search.
-    Returns scale_I float32 [I], or the search for it. Raises EvenbitsError if alpha is outside [0, 1].
+    Returns scale_I float32 [I], or the search for it. Raises EvenbitsError if alpha is none of these or outside [0, 1].
     """
     weight_I = torch.stack([weight.detach().abs().amax(dim=0).double() for weight in weights_RI]).amax(dim=0)
     act_I = act_absmax_I.double()
     if isinstance(alpha, str):
         return search_alpha(lambda a: _at(act_I, weight_I, a), AlphaGrid.parse(alpha), criterion)
-    return _at(act_I, weight_I, alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise EvenbitsError(ALPHA_FORMS.format(repr(alpha)))
+    return _at(act_I, weight_I, float(alpha))
 
 
 def _at(act_I: torch.Tensor, weight_I: torch.Tensor, alpha: float) -> Rebalance:

@@ -29,6 +29,7 @@ from evenbits.checkpoints.state import State, model_state, restore
 from evenbits.errors import CheckpointError, EvenbitsError
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import CONVOLUTIONS, QConv, QConvTranspose
+from evenbits.nn.conv_u8 import U8Conv2d
 from evenbits.nn.linear import QLinear
 from evenbits.nn.replace import replace_modules
 from evenbits.nn.unfuse import unfuse, unfused_kind
@@ -54,8 +55,14 @@ def save(
     tokenizer: saved beside it. result: the `Result` of the run, kept in evenbits.json. overwrite: replace an evenbits
     folder.
     verify: called with the finished folder before it gets its name; if it raises, nothing is written.
-    Raises EvenbitsError if the model is not quantized, the folder exists or the disk is full.
+    Raises EvenbitsError if the model is not quantized or holds byte chains, the folder exists or the disk is full.
     """
+    chained = [name for name, module in model.named_modules() if isinstance(module, U8Conv2d)]
+    if chained:
+        raise EvenbitsError(
+            f"the model holds byte chains ({len(chained)} convolutions, such as {chained[0]}), which checkpoints do "
+            "not keep. Save the quantized model that fuse was given, and fuse it again after loading."
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     if not layers:
         raise EvenbitsError("the model has no quantized layer; call evenbits.quantize before evenbits.save.")

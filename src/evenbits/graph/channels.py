@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from evenbits.graph.rules import MATRIX_AT, RULES, Opaque, base_name, is_exact, turns_matrix
-from evenbits.graph.variables import ONE, Source, Variables
+from evenbits.graph.rules import MATRIX_AT, RULES, base_name, hands_on, is_exact, turns_matrix
+from evenbits.graph.variables import ONE, Opaque, Source, Variables
 from evenbits.nn.layout import Layout
 
 _READS_NOTHING = frozenset(
     "empty_like zeros_like ones_like full_like rand_like randn_like new_zeros new_empty new_ones new_full "
     "new_empty_strided sym_size size".split()
 )
+_ZEROS = frozenset("zeros zeros_like new_zeros".split())
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class ChannelFlow:
         self._derived: dict[int, Source] = {}  # values that are a parameter's elements, at most with a number added
         self._uses: dict[str, set[float]] = {}  # parameter → numbers with which it is used
         self._inside: list[str] = []
+        self._zeros: set[int] = set()
+        self._lost: dict[int, str] = {}  # value without labels → what no factor passed through
 
     def add_parameter(self, value: int, name: str, shape: Sequence[int]) -> None:
         """Names a parameter's value; what belongs to a layer is not a source of its own."""
@@ -146,6 +149,9 @@ class ChannelFlow:
         """One operation. read: tensor id → value before the operation; value_of: the value a tensor holds now; place:
         the module it runs in; sharing: values in the memory that it writes to."""
         name = base_name(func)
+        self._zeros -= sharing
+        if name in _ZEROS:
+            self._zeros |= {value_of(leaf) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)}
         if name in _READS_NOTHING:
             return
         values = [read[id(leaf)] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -176,6 +182,27 @@ class ChannelFlow:
         for tensor, labels in zip(outputs, found if isinstance(found, list) else [found], strict=False):
             if labels is not None:
                 self.labels[value_of(tensor)] = labels
+        cause = self._cause(name, values)
+        self._lost |= {value: cause for tensor in outputs if (value := value_of(tensor)) not in self.labels}
+
+    def _cause(self, name: str, values: Sequence[int]) -> str:
+        """Why what an operation made of these values would carry no factor: what it read had none, or it is the
+        operation itself."""
+        if hands_on(name):
+            before = [self.why_lost(value) for value in values if value not in self.labels]
+            if told := next(filter(None, before), ""):
+                return told
+            if len(before) == len(values) > 0:
+                return ""
+        return f"computed by {name}, through which no factor passes"
+
+    def why_lost(self, value: int) -> str:
+        """What no factor passed through on the way to a value without labels; "" if it comes from outside."""
+        return self._lost.get(value, "")
+
+    def is_zeros(self, value: int) -> bool:
+        """Whether a value was made as zeros and holds nothing else."""
+        return value in self._zeros
 
     def _follow_matrices(
         self, name: str, args: tuple[Any, ...], values: Sequence[int], outputs: Sequence[int], where: str
@@ -293,6 +320,10 @@ class _Look:
             return None
         found = self._flow.parameter_labels(self._read[id(tensor)], tensor.shape)
         return self.labels(tensor) if found is None and self.derived(tensor) else found
+
+    def is_zeros(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was made as zeros and holds nothing else."""
+        return self._flow.is_zeros(self._read[id(tensor)])
 
     def derived(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter, rearranged or with a number added at most."""

@@ -7,17 +7,20 @@ trace missed, a wrong axis or a hidden second use gives an error of the order of
 repeats itself to the last bit the fold has to, too, so that a branch of a millionth of the output hides nothing. That
 is sharper than a comparison in float64, and needs no float64 copy of the model. A fold that fails is dropped and its
 region is served by an explicit multiply.
+
+In float16 a quarter of a number may be too small to be exact. There sources are only enlarged, by 2 and 4, and what is
+not the same to the last bit even so is judged again with the model widened to float32 for as long as that takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from evenbits.graph.regions import Region
 from evenbits.nn.layout import Layout
@@ -25,6 +28,7 @@ from evenbits.nn.layout import Layout
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _STORED = 2.0**-8  # relative error a folded gain may have after rounding to its parameter's type: bfloat16's own
 _EXPONENTS = (-2, 1, 2, -1)
+_ENLARGING = (-2, -1)
 
 
 class Fold:
@@ -42,10 +46,15 @@ class Fold:
     def loses(self, scale_S: torch.Tensor) -> bool:
         """Whether a divided parameter cannot be stored: overflow in float16, cancellation in 1 + w."""
         for parameter, factor, offset in self._changes(scale_S, ()):
-            wanted = (parameter.detach().double() + offset) * factor.to(parameter.device)
+            factor, before = factor.to(parameter.device), parameter.detach().double() + offset
+            wanted = before * factor
             stored = (wanted - offset).to(parameter.dtype).double() + offset
-            # Of a matrix only overflow counts: its small numbers are rounded like all others.
-            close = stored.isfinite() if parameter.ndim > 1 else (stored - wanted).abs() <= _STORED * wanted.abs()
+            # Measured as its readers see it, who multiply by s again. Without an offset nothing cancels: what is lost
+            # is lost among numbers too small for the type, beside which the largest one counts. Of a matrix only
+            # overflow counts: its small numbers are rounded like all others.
+            error, size = (stored - wanted).abs() / factor, before.abs()
+            limit = size if offset else size.amax()
+            close = stored.isfinite() if parameter.ndim > 1 else error <= _STORED * limit
             if not bool(close.all()):
                 return True
         return False
@@ -115,19 +124,63 @@ def prove(
     regions = [region for region in regions if region.parts]
     if not regions:
         return {}
+    if narrowest != torch.float16:
+        return _proved(model, runs, regions, _TOLERANCE.get(narrowest, 1e-5), _EXPONENTS, seed)
+    if not _proved(model, runs, regions, None, _ENLARGING, seed):
+        return {}
+    try:
+        with _widened(model):
+            return _proved(model, runs, regions, _TOLERANCE[torch.float32], _EXPONENTS, seed)
+    except RuntimeError:  # types that are written into its code do not fit
+        reason = "cannot be proved: float16 is too coarse, and the model does not run in float32"
+        return {region.name: reason for region in regions}
+
+
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model's float16 tensors, and those it is called with, are float32."""
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float16 else value
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tree_map(wide, (args, kwargs))
+
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype == torch.float16]
+    before = [tensor.data for tensor in tensors]
+    handle = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        handle.remove()
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+def _proved(
+    model: nn.Module,
+    runs: Sequence[Callable[[], Any]],
+    regions: Sequence[Region],
+    limit: float | None,
+    exponents: tuple[int, ...],
+    seed: int,
+) -> dict[str, str]:
+    """As `prove`. limit: relative, where the output need not be the same to the last bit; None: it always has to be."""
     references = [float_outputs(run()) for run in runs]
-    exact = narrowest != torch.float16  # where a quarter may be subnormal
+    exact = True
     for run, reference in zip(runs, references, strict=True):
         again = float_outputs(run())
         if not reference or not outputs_equal(reference, again):
             reason = "cannot be proved: the model's output is not repeatable"
             return {region.name: reason for region in regions}
         exact &= _same_bits(reference, again)
-    limit = _TOLERANCE.get(narrowest, 1e-5)
 
     def holds(tried: Sequence[Region]) -> bool:
         to_the_bit = exact and not any(part.source.offset for region in tried for part in region.parts)
-        return _holds(model, runs, references, tried, seed, None if to_the_bit else limit)
+        factors = _factors_of(tried, exponents, seed)
+        return _holds(model, runs, references, tried, factors, None if to_the_bit else limit)
 
     # Norms written as 1 + w are tried apart, so that their rounding is nobody else's.
     rounded = [region for region in regions if any(part.source.offset for part in region.parts)]
@@ -146,14 +199,13 @@ def _holds(
     runs: Sequence[Callable[[], Any]],
     references: Sequence[list[torch.Tensor]],
     regions: Sequence[Region],
-    seed: int,
+    factors: Sequence[torch.Tensor],
     limit: float | None,
 ) -> bool:
     """Whether the output stays the same: within a relative limit, or (None) to the last bit."""
-    generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        for region in regions:
-            scale_S, fold = _factors(region.width, generator), Fold(model, region)
+        for region, scale_S in zip(regions, factors, strict=True):
+            fold = Fold(model, region)
             stack.callback(fold.undo)
             fold.apply(scale_S)
             stack.enter_context(multiplied_inputs(model, region, scale_S))
@@ -166,12 +218,13 @@ def _same_bits(reference: list[torch.Tensor], output: list[torch.Tensor]) -> boo
     return len(reference) == len(output) and all(torch.equal(a, b) for a, b in zip(reference, output, strict=True))
 
 
-def _factors(width: int, generator: torch.Generator) -> torch.Tensor:
+def _factors_of(regions: Sequence[Region], exponents: tuple[int, ...], seed: int) -> list[torch.Tensor]:
     """Powers of two in random order. None is 1 and neighbours differ in count by at most one, so that even two or three
     channels show a fold that is wrong.
     """
-    order = torch.randperm(width, generator=generator)
-    return torch.exp2(torch.tensor(_EXPONENTS, dtype=torch.float32)[order % len(_EXPONENTS)])
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(region.width, generator=generator) for region in regions]
+    return [torch.exp2(torch.tensor(exponents, dtype=torch.float32)[order % len(exponents)]) for order in orders]
 
 
 def multiplied_inputs(model: nn.Module, region: Region, scale_S: torch.Tensor) -> ExitStack:

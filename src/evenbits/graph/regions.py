@@ -133,14 +133,21 @@ def _why(trace: Trace, group: tuple[str, ...]) -> str:
         reason = "" if channels is None else trace.flow.variables.why_fixed(channels)
         if reason and "not scaled by anything" not in reason:
             return reason
-    value = trace.root(trace.calls[group[0]][0])
-    index = trace.producer.get(value)
-    if index is None:
+    values = [value for name in group for value in trace.calls[name]]
+    labels = [trace.flow.labels.get(value) for value in values]
+    lost = [
+        trace.flow.why_lost(v) if found is None else trace.flow.variables.why_fixed(found)
+        for v, found in zip(values, labels, strict=True)
+    ]
+    if reason := next((text for text in lost if text and "not scaled by anything" not in text), ""):
+        return reason
+    if all(found is None for found in labels):
         return "its tensor comes from outside the model"
-    op = trace.ops[index]
-    if op.module in trace.flow.layers:
-        return f"the rows of {op.module} also meet channels that nothing scales"
-    return f"computed by {_short(op)}, through which no factor passes"
+    index = trace.producer.get(trace.root(values[0]))
+    module = "" if index is None else trace.ops[index].module
+    if module in trace.flow.layers:
+        return f"the rows of {module} also meet channels that nothing scales"
+    return "some of its channels are not scaled by anything that can be changed"
 
 
 def _joined_by_channels(flow: ChannelFlow, groups: Iterable[tuple[str, ...]]) -> list[Region]:
@@ -177,7 +184,9 @@ def _joined_by_channels(flow: ChannelFlow, groups: Iterable[tuple[str, ...]]) ->
     found = []
     for i, names in enumerate(layers):
         index = {name: torch.searchsorted(kinds[i], classes[name]) for name in names}
-        found.append(Region(names, len(kinds[i]), index, flow.layers, tuple(parts[i]), compensated[i], matrices[i]))
+        reason = "" if parts[i] else "its channels are zeros"
+        made = tuple(parts[i]), compensated[i], matrices[i], reason
+        found.append(Region(names, len(kinds[i]), index, flow.layers, *made))
     return found
 
 

@@ -4,13 +4,14 @@
 |------------------------------------------|------------------------------------------------------------------|
 | views, permutations, slices, cat, index  | run on the labels themselves                                     |
 | ReLU, LeakyReLU, PReLU, abs, copies      | f(s·x) = s·f(x) for s > 0: labels pass                           |
-| pooling, upsampling, padding with zeros  | mix positions, never channels: labels along channels pass        |
+| pooling, upsampling                      | mix positions, never channels: labels along channels pass        |
+| padding with zeros, cat with zeros       | the same; channels of zeros carry any factor (padding.py)        |
 | mean, sum over positions                 | the same                                                         |
 | a + b                                    | both must carry the same factors                                 |
 | a · b                                    | one of them carries, the other is fixed; a parameter carries     |
 | attention · values, a @ b                | linear in b along its last dimension: b carries                  |
 | x @ W.T for a parameter W of no layer   | W's columns are a reader of x's factors                          |
-| LayerNorm, GroupNorm, RMSNorm, BatchNorm | the input is fixed; gain and bias are sources                    |
+| LayerNorm, GroupNorm, RMSNorm, BatchNorm | the input is fixed; gain and bias are sources (normed.py)        |
 
 Rules return labels for the output (a list for several outputs) or raise `Opaque`.
 """
@@ -23,13 +24,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from evenbits.graph.variables import ONE
+from evenbits.graph.normed import normed
+from evenbits.graph.padding import joined_with_zeros, padded
+from evenbits.graph.variables import ONE, Opaque
 
 _LARGEST = 2**27  # elements of a value whose labels are rearranged
-
-
-class Opaque(Exception):
-    """The operation does not commute with per-channel factors as it is used here."""
 
 
 def base_name(func: Any) -> str:
@@ -99,6 +98,11 @@ def _compressed(labels: torch.Tensor) -> torch.Tensor:
     return labels.contiguous()
 
 
+def _joined(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    found = joined_with_zeros(look, args, kwargs)
+    return _rearranged(look, func, args, kwargs, output) if found is None else found
+
+
 def _positions(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     """Operations that change the sizes of dimensions along which nothing varies, and only those."""
     labels = look.labels(args[0])
@@ -115,17 +119,6 @@ def _positions(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any
 def _spatial(name: str) -> int:
     """How many trailing dimensions an operation mixes."""
     return next((n for n in (1, 2, 3) if f"{n}d" in name), 2)
-
-
-def _padded(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    labels = look.labels(args[0])
-    fill = args[2] if len(args) > 2 else kwargs.get("value", 0)
-    if labels is None:
-        return None
-    changed = [i for i, (a, b) in enumerate(zip(args[0].shape, output.shape, strict=True)) if a != b]
-    if fill or any(labels.shape[dim] > 1 for dim in changed):
-        raise Opaque
-    return labels
 
 
 def _reduced(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -253,35 +246,14 @@ def _attention(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any
     return [labels.repeat_interleave(repeats, dim=1) if labels.shape[1] > 1 else labels]
 
 
-def _normed(gain_at: int, shift_at: int | None, channel_dim: int) -> Callable[..., Any]:
-    def rule(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        x = args[0]
-        name = base_name(func).removeprefix("native_")
-        look.fix(look.labels(x), f"its tensor is also read by {name}{look.place}")
-        gain = look.parameter(args[gain_at]) if len(args) > gain_at else None
-        gain = gain if gain is not None else look.labels(args[gain_at]) if len(args) > gain_at else None
-        shift = args[shift_at] if shift_at is not None and len(args) > shift_at else None
-        if gain is None or gain.ndim != 1:
-            look.fix(gain, "a norm's gain of more than one dimension")
-            return None
-        if shift is not None:
-            found = look.parameter(shift)
-            found = found if found is not None else look.labels(shift)
-            if found is None:
-                look.fix(gain, "its bias is no parameter")
-                return None
-            look.variables.unify(gain, found)
-        shape = [1] * x.ndim
-        shape[channel_dim] = -1
-        labels = gain.view(shape)
-        return [labels] if isinstance(output, (list, tuple)) else labels
-
-    return rule
-
-
 def is_exact(func: Any, tensors: int) -> bool:
     """Whether an operation on one tensor gives its elements, in another order or with a number added."""
     return tensors == 1 and RULES.get(base_name(func)) in (_copy, _rearranged, _added)
+
+
+def hands_on(name: str) -> bool:
+    """Whether an operation lets factors of one kind or another pass, so that one without any was given none."""
+    return name in RULES and name not in _MAKERS
 
 
 def _named(words: str, rule: Any) -> dict[str, Any]:
@@ -298,7 +270,7 @@ def _indexed(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 _VIEWS = """view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand slice select split
-split_with_sizes unsafe_split chunk unbind flatten unflatten movedim repeat repeat_interleave cat stack index_select
+split_with_sizes unsafe_split chunk unbind flatten unflatten movedim repeat repeat_interleave stack index_select
 roll flip pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle"""
 _POOLS = """max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d adaptive_avg_pool{n}d _adaptive_avg_pool{n}d
 adaptive_max_pool{n}d reflection_pad{n}d replication_pad{n}d upsample_nearest{n}d"""
@@ -323,15 +295,21 @@ def turns_matrix(name: str, args: tuple[Any, ...]) -> bool | None:
 # Where, among the tensors an operation reads, the matrix stands.
 MATRIX_AT = {"mm": 1, "matmul": 1, "linear": 1, "addmm": 2}
 
+# What they make has the channels of their weight, gain or last factor, and no others.
+_MAKERS = frozenset(
+    f"addmm linear bmm matmul mm native_layer_norm native_group_norm _fused_rms_norm rms_norm "
+    f"{_ATTENTIONS} {_BATCH_NORMS}".split()
+)
 _SIZED = frozenset("view _unsafe_view reshape _reshape_alias expand".split())
 RULES: dict[str, Callable[..., Any]] = {
     **_named("relu leaky_relu abs neg _prelu_kernel", _same),
     **_named("clone _to_copy contiguous alias detach lift_fresh positive", _copy),
     **_named(_VIEWS, _rearranged),
+    "cat": _joined,
     "index": _indexed,
     **{name: rule for n in (1, 2, 3) for name, rule in _named(_POOLS.format(n=n), _positions).items()},
     **_named(_UPSAMPLED, _positions),
-    "constant_pad_nd": _padded,
+    "constant_pad_nd": padded,
     **_named("mean sum", _reduced),
     **_named("add sub", _added),
     "mul": _multiplied,
@@ -340,8 +318,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     **_named("bmm matmul mm", _product),
     **_named(_ATTENTIONS, _attention),
-    "native_layer_norm": _normed(2, 3, -1),
-    **_named("_fused_rms_norm rms_norm", _normed(2, None, -1)),
-    "native_group_norm": _normed(1, 2, 1),
-    **_named(_BATCH_NORMS, _normed(1, 2, 1)),
+    "native_layer_norm": normed(2, 3, -1),
+    **_named("_fused_rms_norm rms_norm", normed(2, None, -1)),
+    "native_group_norm": normed(1, 2, 1),
+    **_named(_BATCH_NORMS, normed(1, 2, 1)),
 }

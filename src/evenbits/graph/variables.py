@@ -20,6 +20,10 @@ ONE = 0
 Numbers: TypeAlias = "np.ndarray[tuple[Any, ...], np.dtype[np.int64]]"
 
 
+class Opaque(Exception):
+    """An operation does not commute with per-channel factors as it is used here."""
+
+
 @dataclass(frozen=True)
 class Source:
     """`size` variables from `first` on. rows: the name is a layer's, whose output channels they are; else a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,7 +30,10 @@ _FIRST_ONLY = "α was tuned on the first {} batches: the data can be walked only
 _NO_ORDER = (
     "an order of channels is for linear layers: a convolution's pairs are kernel positions and pixels of one channel"
 )
-
+_NO_GAIN = (
+    "warning: nothing was smoothed: the search for α found nothing to gain; of all it tried, leaving a region alone "
+    "had the least loss in each of {} regions"
+)
 _UNSEEN = "did not run on the calibration data: no statistics"
 
 
@@ -61,12 +64,26 @@ def balance(
         decided |= tune(trials, [region for region in regions if region.name in searches], searches, progress=progress)
     unsmoothed = tuple(RegionRow(name, (name,), "skipped", reason, None) for name, reason in reasons.items() if reason)
     if not regions:
-        listed = "; ".join(f"{row.name}: {row.reason}" for row in unsmoothed[:5])
-        raise EvenbitsError(f"smoothing was asked for and no region was smoothed. {listed}")
+        raise EvenbitsError(_nothing_smoothed(unsmoothed))
     arrange = _permuted if permutes else _scaled
     found = arrange(model, regions, decided, watched, widths)
     notes = () if not searches or watched.source.repeatable else (_FIRST_ONLY.format(len(watched.source.kept)),)
-    return replace(found, layouts=layouts, rows=(*found.rows, *unsmoothed), notes=notes)
+    rows = (*found.rows, *unsmoothed)
+    if not permutes and all(row.status == "skipped" for row in rows):
+        alone = sum(_is_untouched(choice) for choice in decided.values())
+        if not alone:
+            raise EvenbitsError(_nothing_smoothed(rows))
+        notes = (*notes, _NO_GAIN.format(alone))
+    return replace(found, layouts=layouts, rows=rows, notes=notes)
+
+
+def _nothing_smoothed(rows: Sequence[RegionRow]) -> str:
+    listed = "; ".join(f"{row.name}: {row.reason}" for row in rows[:5])
+    return f"smoothing was asked for and no region was smoothed. {listed}"
+
+
+def _is_untouched(choice: Rebalance) -> bool:
+    return choice.scale_I is None and "untouched" in choice.choice
 
 
 def _regions(
@@ -128,7 +145,8 @@ def _scaled(
     for region in regions:
         scale_S, choice = decided[region.name].scale_I, decided[region.name].choice
         if scale_S is None:
-            why = "leaving it alone had the least loss" if "untouched" in choice else "the method left it alone"
+            left = _is_untouched(decided[region.name])
+            why = "leaving it alone had the least loss" if left else "the method left it alone"
             why, curve = _why_skipped(region, watched, why), decided[region.name].curve
             rows.append(RegionRow(region.name, region.layers, "skipped", why, None, curve))
             continue

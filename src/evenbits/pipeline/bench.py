@@ -147,11 +147,7 @@ def _ours(source: Source, wish: Wish, notes: list[str]) -> list[Variant]:
     except EvenbitsError as error:
         notes.append(f"byte chains: not measured ({error}).")
         return found
-    inside = sum(row.status == "u8" for row in fused.rows)
-    notes.append(
-        f"byte chains: {inside} of {len(fused.rows)} convolutions hand on bytes, by {fused.backend}; they agree with "
-        f"the quantized model to {fused.sqnr_db:.1f} dB."
-    )
+    notes.append(fused.summary)
     return [*found, Variant(FUSED, fused.model, model_bytes(fused.model))]
 
 

@@ -25,7 +25,7 @@ from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv_u8 import Grid, U8Conv2d
 from evenbits.numerics.metrics import RunningError
 from evenbits.pipeline.batches import Batches
-from evenbits.pipeline.patterns import Group, byte_groups, is_max_pool, passes, pool_arguments
+from evenbits.pipeline.patterns import MULTIPLIED, Group, byte_groups, is_max_pool, passes, pool_arguments
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ class Fused:
     sqnr_db: float
     backend: str
 
+    @property
+    def summary(self) -> str:
+        """How many convolutions became bytes, and how far that moved the output."""
+        inside = sum(row.status == "u8" for row in self.rows)
+        return (
+            f"byte chains: {inside} of {len(self.rows)} convolutions hand on bytes, by {self.backend}; they agree with "
+            f"the quantized model to {self.sqnr_db:.1f} dB."
+        )
+
 
 def fuse(model: nn.Module, data: Iterable[Any]) -> Fused:
     """A byte-chain version of a model quantized with static int8 activations. The given model is left as it is; what
@@ -61,8 +70,7 @@ def fuse(model: nn.Module, data: Iterable[Any]) -> Fused:
         seen = _seen(model, graph, batches)
         groups, apart = byte_groups(model, graph, {node: value.shape for node, value in seen.items()})
         if not any(group.grid_out for group in groups):
-            reasons = "; ".join(f"{name}: {why}" for name, why in list(apart.items())[:5])
-            raise EvenbitsError(f"no convolution hands bytes to another one. {reasons or 'None reads another.'}")
+            raise EvenbitsError(f"no convolution hands bytes to another one. {_why_none(apart)}")
         fused = _Builder(model, graph, groups, _ranges(groups, seen)).build().eval()
         error = RunningError()
         for batch in batches.kept:
@@ -85,6 +93,18 @@ def _graph(model: nn.Module) -> fx.Graph:
             f"the model cannot be traced symbolically ({type(error).__name__}: {error}); byte chains need a forward "
             "without branches on tensors. The quantized model works as it is."
         ) from error
+
+
+def _why_none(apart: dict[str, str]) -> str:
+    reasons = "; ".join(f"{name}: {why}" for name, why in list(apart.items())[:5])
+    multiplied = sum(why == MULTIPLIED for why in apart.values())
+    if not multiplied:
+        return reasons or "None reads another."
+    return (
+        f"{multiplied} of them multiply their input because the smoothing could not be folded (no factor passes "
+        f"through ReLU6, GELU and the like), and a multiply ends a chain: quantize with method='rtn', or leave the "
+        f"model as it is. {reasons}"
+    )
 
 
 def _row(group: Group) -> ChainRow:

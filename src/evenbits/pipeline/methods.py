@@ -66,6 +66,12 @@ class Methods:
                 allowed = [*_names(weight), *_names(balance), *(_TUNING if balance is not None else ())]
                 raise unknown_name(f"option of method {name!r}:", option, allowed or ["(none)"])
         tuning = Tuning(**split["tuning"])
+        criterion = split["balance"].get("criterion", "loss")
+        if tuning.scope == "block" and criterion != "loss":
+            raise EvenbitsError(
+                f"criterion {criterion!r} joins the α that suit each layer, and scope 'block' has none of them: it "
+                "gives a block one α by the block's output. Use scope 'region', or criterion 'loss'."
+            )
         return Methods(name, dict(options), weight, balance, split["weight"], split["balance"], tuning)
 
 

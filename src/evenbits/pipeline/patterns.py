@@ -20,6 +20,7 @@ _RELU_FUNCTIONS = {torch.relu: "relu", F.relu: "relu", torch.relu_: "relu", F.re
 _RELU_METHODS = {"relu": "relu", "relu_": "relu"}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _WRITING_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, torch.relu_)
+MULTIPLIED = "its input has an explicit smoothing multiply"
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -106,7 +107,7 @@ def _why_apart(layer: QConv) -> str:
     if layer.input_scale is None:
         return "its activations are not static"
     if layer.input_multiplier is not None:
-        return "its input has an explicit smoothing multiply"
+        return MULTIPLIED
     if layer.padding_mode != "zeros":
         return f"padding {layer.padding_mode!r} is done in float"
     return "" if input_grid(layer) is not None else f"{layer.input_format} and {layer.weight_format} are not int8"

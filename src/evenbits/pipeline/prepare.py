@@ -62,6 +62,10 @@ class Prepared:
         """The quantized layers by name."""
         return {name: layer.module for name, layer in self.solved.items()}
 
+    def notes(self, model: nn.Module) -> tuple[str, ...]:
+        """What to know about speeds, modules taken apart, norms and ties."""
+        return (*self.speeds, *self.parts.notes(model), *self.norms, *self.ties)
+
     @contextmanager
     def deployed(self, model: nn.Module) -> Iterator[None]:
         """Inside the block the model is the quantized one; afterwards it is what it was before, bit for bit."""

@@ -29,6 +29,7 @@ from evenbits.evaluation.memory import model_bytes, peak_bytes
 from evenbits.kernels import dispatch, weight_only
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.linear import QLinear
+from evenbits.pipeline.chains import chain_notes
 from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.prepare import Prepared, preparing
 from evenbits.pipeline.result import LayerRow, Result
@@ -96,8 +97,8 @@ def _result(model: nn.Module, prepared: Prepared, plans: list[LayerPlan]) -> Res
         backend=_backend(layers),
         search=prepared.cost,
         calibration_batches=0 if prepared.watched is None else prepared.watched.batches,
-        notes=(*prepared.speeds, *prepared.parts.notes(model), *prepared.norms, *prepared.ties, *balanced.notes),
         probe=prepared.probe,
+        notes=(*prepared.notes(model), *balanced.notes, *chain_notes(layers)),
     )
 
 

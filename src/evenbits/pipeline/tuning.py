@@ -6,7 +6,8 @@
     block                the searches of a block's regions are sent the same losses, those of the block's output, and
                          so choose alike
 
-A block is a child of the first list of modules that holds two of the regions apart; a region that belongs to none is a
+A block is a child of a list of modules (ModuleList, Sequential) that holds regions apart, of the outermost such: a
+ResNet's stages, an encoder and a decoder are several lists. A region that belongs to no block, or to several, is a
 block of its own.
 """
 
@@ -76,10 +77,10 @@ def _watched_walk(label: str, total: int, progress: bool) -> Walk:
 
 def blocks(model: nn.Module, regions: Sequence[Region]) -> list[tuple[str, list[Region]]]:
     """Regions by block, in the order of the forward. The name of a block of one region alone is ""."""
-    root = _block_root(model, regions)
+    roots = _block_roots(model, regions)
     found: list[tuple[str, list[Region]]] = []
     for region in regions:
-        homes = {_block_of(name, root) for name in region.layers}
+        homes = {_block_of(name, roots) for name in region.layers}
         block = homes.pop() if len(homes) == 1 else ""
         known = next((members for name, members in found if name == block and block), None)
         if known is None:
@@ -89,19 +90,36 @@ def blocks(model: nn.Module, regions: Sequence[Region]) -> list[tuple[str, list[
     return found
 
 
-def _block_root(model: nn.Module, regions: Sequence[Region]) -> str | None:
-    root: str
+def _block_roots(model: nn.Module, regions: Sequence[Region]) -> list[str]:
+    """The lists whose children are blocks: outermost ones that hold layers of two regions apart, or all there is in one
+    child."""
     names = [name for region in regions for name in region.layers]
+    found: list[str] = []
+    single: list[str] = []
     for root, module in model.named_modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            inside = {_block_of(name, root) for name in names} - {""}
-            if len(inside) > 1:
-                return root
-    return None
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or _under(root, found):
+            continue
+        inside = {_block_of(name, [root]) for name in names} - {""}
+        # A list of lists has no children that run: theirs are the blocks.
+        if any(isinstance(model.get_submodule(child), nn.ModuleList) for child in inside):
+            continue
+        if len(inside) > 1:
+            found.append(root)
+        elif inside and not inside & set(names):
+            single.append(root)
+    for root in single:
+        if not _under(root, found) and not any(_under(other, [root]) for other in found):
+            found.append(root)
+    return found
 
 
-def _block_of(name: str, root: str | None) -> str:
-    prefix = f"{root}." if root else ""
-    if root is None or not name.startswith(prefix):
-        return ""
-    return prefix + name[len(prefix) :].partition(".")[0]
+def _under(name: str, roots: Sequence[str]) -> bool:
+    return any(root == "" or name.startswith(f"{root}.") for root in roots)
+
+
+def _block_of(name: str, roots: Sequence[str]) -> str:
+    for root in roots:
+        prefix = f"{root}." if root else ""
+        if name.startswith(prefix):
+            return prefix + name[len(prefix) :].partition(".")[0]
+    return ""
