@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ _HEADS = (
 )  # fmt: skip
 
 
-def run(folder: Path, model: str, setting: str, alpha: str, *, part: str = "evaluation") -> Any:
+def run(folder: Path, model: str, setting: str, alpha: str, *, auto: bool = True, part: str = "evaluation") -> Any:
     """One sweep, also written as JSON and as a picture. part: which pictures are scored."""
-    factory = f"{Path(__file__).with_name('vision.py')}:{model}{'_planted' if setting == 'planted' else ''}"
+    factory = f"vision.py:{model}{'_planted' if setting == 'planted' else ''}"
     state = folder / "sweeps" / f"{model}-{setting}{'' if part == 'evaluation' else f'-{part}'}"
     found = evenbits.sweep(
-        factory,
+        str(Path(__file__).with_name(factory)),
         task="classification",
         data=folder / f"{_ARRAYS[model]}-{part}.npz",
         calibration=folder / f"{_ARRAYS[model]}-calibration.npz",
@@ -50,20 +51,23 @@ def run(folder: Path, model: str, setting: str, alpha: str, *, part: str = "eval
         alpha=alpha,
         scheme=SETTINGS[setting],
         state=state,
+        auto=auto,
         say=lambda line: print(f"  {line}", flush=True),
     )
+    found = replace(found, model=factory, calibration=found.calibration.replace(str(folder), "DIR"))
     state.with_suffix(".json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     plot(found, state.with_suffix(".svg"))
     return found
 
 
-def confirm(folder: Path, model: str, setting: str) -> Any:
+def confirm(folder: Path, model: str, setting: str, *, auto: bool = True) -> Any:
     """The sweep of 0.5 and the best α on pictures that the finished sweep has not seen."""
     kept = folder / "sweeps" / f"{model}-{setting}.json"
     if not kept.is_file():
         raise SystemExit(f"{kept} is not there: run this sweep first, without --confirm.")
-    best = json.loads(kept.read_text(encoding="utf-8"))["search"]["best"]
-    return run(folder, model, setting, ",".join(dict.fromkeys(("0.5", best))), part="confirmation")
+    best = json.loads(kept.read_text(encoding="utf-8"))["spread"]["best"]
+    alphas = ",".join(dict.fromkeys(("0.5", best)))
+    return run(folder, model, setting, alphas, auto=auto, part="confirmation")
 
 
 def line(model: str, setting: str, found: Any) -> str:
@@ -71,15 +75,15 @@ def line(model: str, setting: str, found: Any) -> str:
     percent = lambda row: f"{100 * row.metric:.2f}"  # noqa: E731
     half = min(found.curve, key=lambda row: abs(row.alpha - 0.5))
     cells = [model, setting, str(found.n), *(percent(row) for row in (found.row("float"), found.row("none"), half))]
-    cells.append(percent(found.row("auto")))
+    cells.append(percent(found.row("auto")) if found.search else "")
     if found.spread is None or found.spread.best == found.spread.worst:
         cells += [f"all α: {percent(found.curve[0])}", "", ""]
     else:
         best, worst = found.row(found.spread.best), found.row(found.spread.worst)
         apart = difference(found, found.spread.comparison)
         cells += [f"{percent(best)} ({best.name})", f"{percent(worst)} ({worst.name})", apart]
-    search = found.search
-    cells += [difference(found, search.against_best), difference(found, search.against_picked)]
+    for compared in (found.search.against_best, found.search.against_picked) if found.search else (None, None):
+        cells.append("" if compared is None else difference(found, compared))
     return "| " + " | ".join(cells).replace(" points", "") + " |"
 
 
@@ -90,6 +94,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=list(_ARRAYS), choices=list(_ARRAYS))
     parser.add_argument("--setting", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--alpha", default="0.05:0.95:0.05")
+    parser.add_argument("--no-auto", action="store_true", help="leave the search out: on MobileNetV2 it takes longest")
     parser.add_argument("--confirm", action="store_true")
     given = parser.parse_args()
     if given.confirm and "mobilenet_v2" in given.model:
@@ -97,8 +102,10 @@ def main() -> None:
     print("| " + " | ".join(_HEADS) + " |\n" + "|---" * len(_HEADS) + "|", flush=True)
     for model in given.model:
         for setting in given.setting:
-            made = confirm(given.folder, model, setting) if given.confirm else None
-            found = made if made is not None else run(given.folder, model, setting, given.alpha)
+            if given.confirm:
+                found = confirm(given.folder, model, setting, auto=not given.no_auto)
+            else:
+                found = run(given.folder, model, setting, given.alpha, auto=not given.no_auto)
             print(line(model, setting, found), flush=True)
 
 
