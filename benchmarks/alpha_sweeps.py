@@ -1,4 +1,4 @@
-"""Does α matter on convolutional nets? Accuracy over α for three models under six settings, on the same pictures.
+"""Does α matter on convolutional nets? Accuracy over α for three models under five settings, on the same pictures.
 
     python benchmarks/vision.py prepare DIR
     python benchmarks/alpha_sweeps.py DIR [--model mobilenet_v2 …] [--setting W8A8 …] [--alpha 0.05:0.95:0.05]
@@ -26,7 +26,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8": {"weights": "int8:row", "input_activations": "int8:tensor", "dynamic": False},
     "W8-tensor": {"weights": "int8:tensor", "input_activations": "int8:tensor", "dynamic": False},
     "W4A8": {"weights": "int4:row", "input_activations": "int8:tensor", "dynamic": False},
-    "W4A8-mse": {"weights": "int4:row:mse", "input_activations": "int8:tensor", "dynamic": False},
     "W8A6": {"weights": "int8:row", "input_activations": "int6:tensor", "dynamic": False},
     "planted": {"weights": "int8:row", "input_activations": "int8:tensor", "dynamic": False},
 }
