@@ -182,7 +182,6 @@ def test_the_shape_of_the_note_and_the_wrong_statistic() -> None:
     [
         (1, 2.5, 34),
         pytest.param(3, 2.5, 32.5, marks=pytest.mark.slow),
-        pytest.param(3, 8.0, 33, marks=pytest.mark.slow),
     ],
 )
 def test_at_the_shape_of_the_note_a_searched_alpha_gains_23_decibels(

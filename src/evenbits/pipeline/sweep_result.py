@@ -227,7 +227,8 @@ def _score(items: Sequence[Any]) -> float:
     """The share that is right, or minus the nats per token; larger is better."""
     if not isinstance(items[0], (list, tuple)):
         return float(sum(items)) / len(items)
-    return -sum(math.inf if nats is None else nats for nats, _ in items) / sum(tokens for _, tokens in items)
+    nats = sum(math.inf if item[0] is None else float(item[0]) for item in items)
+    return -nats / sum(int(item[1]) for item in items)
 
 
 def _signed(value: float, better: bool) -> float:
