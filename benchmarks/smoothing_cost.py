@@ -3,8 +3,9 @@
     python benchmarks/smoothing_cost.py --data DIR [--json]
 
 MiniLM on 64 sentences and ResNet-20 on 96 pictures, W8A8_STATIC. "Forward" is one walk of the float model over them.
-Extra memory is the peak of live tensor bytes above the model and the data, with 4 and with 16 batches.
-Process CPU time, the smallest of three. DIR holds minilm_glue/, sst2/, resnet_cifar10/ and cifar10/.
+Extra memory is the peak of live tensor bytes above the model and the data, with a quarter and with all of the batches,
+for α = 0.5 and for auto. Process CPU time, the smallest of three (auto: one). DIR holds minilm_glue/, sst2/,
+resnet_cifar10/ and cifar10/.
 """
 
 from __future__ import annotations
@@ -101,12 +102,13 @@ def measure(make: Callable[[], nn.Module], batches: list[Any]) -> dict[str, floa
             evenbits.quantize(model, scheme="W8A8_STATIC", method=method, data=batches, **options)
             times.append(time.process_time() - start)
         seconds[name] = min(times)
-    return seconds | {f"bytes_{n}": _extra(make(), batches[:n]) for n in (len(batches) // 4, len(batches))}
+    counts = (len(batches) // 4, len(batches))
+    return seconds | {f"bytes_{a}_{n}": _extra(make(), batches[:n], a) for a in (0.5, "auto") for n in counts}
 
 
-def _extra(model: nn.Module, batches: list[Any]) -> int:
+def _extra(model: nn.Module, batches: list[Any], alpha: float | str) -> int:
     with _Peak() as peak:
-        evenbits.quantize(model, scheme="W8A8_STATIC", method="smoothquant", data=batches, alpha=0.5)
+        evenbits.quantize(model, scheme="W8A8_STATIC", method="smoothquant", data=batches, alpha=alpha)
     return peak.peak
 
 
@@ -121,9 +123,9 @@ def main() -> None:
     if given.json:
         print(json.dumps({"machine": fingerprint(), "rows": rows}))
         return
-    print(
-        "| model | forward s | rtn | α = 0.5 | auto | extra MB, 4 batches | 16 batches |\n|---|---|---|---|---|---|---|"
-    )
+    heads = ["model", "forward s", "rtn", "α = 0.5", "auto"]
+    heads += [f"extra MB, {way}, {n} batches" for way in ("α = 0.5", "auto") for n in (4, 16)]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for name, row in rows.items():
         multiples = [f"{row[key] / row['forward']:.1f}×" for key in ("rtn", "fixed", "auto")]
         extra = [f"{row[key] / 2**20:.1f}" for key in row if key.startswith("bytes_")]

@@ -7,7 +7,8 @@
 
 Weights and pictures are read from EVENBITS_TEST_DATA. The models take pictures in 0..1 and normalise them themselves,
 so that the arrays are plain uint8. ImageNet: 500 pictures, one per even class; every fifth is calibration, the other
-400 are evaluation. CIFAR-10: 100 training pictures and every fifth test picture.
+400 are evaluation. CIFAR-10: 100 training pictures and every fifth test picture; the other 8000 test pictures are
+kept for confirmation.
 
 The planted models compute the same function with a few channels enlarged by powers of two from 8 to 64, and their
 readers' weights made as much smaller. ResNets: channels between the two convolutions of each block, where the ReLU
@@ -250,14 +251,17 @@ def _channels_first(pictures: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def prepare(folder: Path) -> None:
-    """Writes the four arrays. Pictures sorted by class are mixed by a fixed order, so that every batch has all."""
+    """Writes the five arrays. Pictures sorted by class are mixed by a fixed order, so that every batch has all."""
     folder.mkdir(parents=True, exist_ok=True)
     x, y = imagenet()
     fifth = np.arange(len(y)) % 5 == 0
     _write(folder / "imagenet-calibration.npz", x[fifth], y[fifth])
     _write(folder / "imagenet-evaluation.npz", x[~fifth], y[~fifth])
     _write(folder / "cifar10-calibration.npz", *cifar10("train", slice(250, None, 500)))
-    _write(folder / "cifar10-evaluation.npz", *cifar10("test", slice(0, None, 5)))
+    x, y = cifar10("test")
+    fifth = np.arange(len(y)) % 5 == 0
+    _write(folder / "cifar10-evaluation.npz", x[fifth], y[fifth])
+    _write(folder / "cifar10-confirmation.npz", x[~fifth], y[~fifth])
 
 
 def _write(path: Path, x: np.ndarray, y: np.ndarray) -> None:

@@ -70,6 +70,7 @@ def test_prepared_arrays_are_apart_and_float_accuracy_is_the_noted_one(test_data
         "imagenet-evaluation": 400,
         "cifar10-calibration": 100,
         "cifar10-evaluation": 2000,
+        "cifar10-confirmation": 8000,
     }
     arrays = {name: np.load(tmp_path / f"{name}.npz") for name in sizes}
     assert {name: len(found["labels"]) for name, found in arrays.items()} == sizes

@@ -72,7 +72,7 @@ def test_a_table_a_picture_and_a_file(run: Run, words: list[str], tmp_path: Path
     code, out, err = run(*words)
     assert code == 0, err
     assert "no smoothing" in out and "α = auto" in out and "0.2" in out and "n = 64" in out
-    assert "two paired standard errors" in out
+    assert "two paired standard errors" in out and "α = auto minus the best α" in out
     assert "(5 of 5)" in err and "left" in err
     root = ET.parse(tmp_path / "out" / "sweep.svg").getroot()
     told = " ".join(text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text"))

@@ -177,15 +177,24 @@ def test_the_shape_of_the_note_and_the_wrong_statistic() -> None:
     assert 8 < found["none"] < 12 and found["wrong"] < found["none"] + 3 and found["right"] >= 30
 
 
-def test_at_the_shape_of_the_note_a_searched_alpha_gains_24_decibels() -> None:
-    """The product itself, a 1 × 1 convolution behind [4, 256, 182, 182]: α = 0.5 leaves 3 dB to the searched one."""
+@pytest.mark.parametrize(
+    ("kernel", "quieter", "searched"),
+    [
+        (1, 2.5, 34),
+        pytest.param(3, 2.5, 32.5, marks=pytest.mark.slow),
+    ],
+)
+def test_at_the_shape_of_the_note_a_searched_alpha_gains_23_decibels(
+    kernel: int, quieter: float, searched: float
+) -> None:
+    """The product itself behind [4, 256, 182, 182]: α = 0.5 leaves about 2 dB to the searched one."""
     x = picture(4, 256, 182, 182)
     torch.manual_seed(0)
-    model, found = nn.Sequential(quietly(nn.Conv2d(256, 16, 1, bias=False), 2.5)).eval(), {}
+    model, found = nn.Sequential(quietly(nn.Conv2d(256, 16, kernel, bias=False), quieter)).eval(), {}
     for alpha in (None, 0.5, "auto:0.5:0.9:0.2"):
         quantized = copy.deepcopy(model)
         method, options = ("rtn", {}) if alpha is None else ("smoothquant", {"alpha": alpha})
         evenbits.quantize(quantized, scheme="W8A8_STATIC", method=method, data=[x], **options)
         with torch.no_grad():
             found[alpha] = sqnr(model(x[:1]), quantized(x[:1]))
-    assert 9.5 < found[None] < 10.5 and found[0.5] > 31 and found["auto:0.5:0.9:0.2"] > 34
+    assert 9 < found[None] < 10.5 and found[0.5] > 30.5 and found["auto:0.5:0.9:0.2"] > searched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from evenbits.pipeline import sweep_bench as bench_module
 from evenbits.pipeline import workers
 from evenbits.pipeline.points import make_points, parse_alphas
 from evenbits.pipeline.sweep_bench import values_hash, weights_hash
-from evenbits.pipeline.sweep_result import Sweep, compare
+from evenbits.pipeline.sweep_result import Sweep, compare, summarise
 from evenbits.pipeline.sweep_state import State
 
 FACTORY = """
@@ -178,12 +179,61 @@ def test_the_spread_compares_best_with_worst(made: Sweep) -> None:
     assert run(alpha=0.5, auto=False).spread is None
 
 
+def summed_up(items: dict[str, list[Any]], metric: str = "accuracy") -> Sweep:
+    """A sweep of two α whose items are given."""
+    made = {}
+    for point in make_points((0.2, 0.7), "smoothquant", {}, auto="auto" in items):
+        own = items[point.name]
+        score = (
+            sum(own) / len(own) if metric == "accuracy" else math.exp(sum(n for n, _ in own) / sum(t for _, t in own))
+        )
+        evaluation = {"metrics": {metric: score}, "n": len(own), "interval": None, "items": own, "notes": []}
+        made[point.name] = {
+            "name": point.name, "alpha": point.alpha, "method": point.method, "evaluation": evaluation, "regions": {},
+            "region_alphas": {}, "mean_output_sqnr_db": None, "weight_bytes": None, "seconds": {}, "notes": [],
+        }  # fmt: skip
+    about: dict[str, Any] = {"scheme": {}, "options": {}, "calibration": "", "key": ""}
+    points = make_points((0.2, 0.7), "smoothquant", {}, auto="auto" in items)
+    return summarise(points, made, model="m", task="t", method="smoothquant", **about)
+
+
+def test_auto_is_compared_with_the_best_alpha_and_with_one_picked_elsewhere() -> None:
+    """0.2 is right on even samples, 0.7 on odd ones: what is picked on one half is wrong on all of the other."""
+    even, odd = [1, 0] * 20 + [1], [0, 1] * 20 + [0]
+    auto = [1, 0, 0, 1] * 10 + [0]
+    items = {"float": even, "none": odd, "auto": auto, "0.2": even, "0.7": odd}
+    search = summed_up(items).search
+    assert search is not None and search.best == "0.2" and search.picked == ("0.2", "0.7")
+    assert search.against_best == compare(even, auto) and search.against_best.difference == pytest.approx(-1 / 41)
+    error = search.against_best.standard_error
+    assert error is not None and not search.below and search.against_best.difference > -error
+    assert search.against_picked == compare([0] * 41, auto) and search.against_picked.difference == pytest.approx(
+        20 / 41
+    )
+    worse = summed_up({**items, "auto": [0] * 41}).search
+    assert worse is not None and worse.below
+    assert summed_up({name: own for name, own in items.items() if name != "auto"}).search is None
+    single = summed_up({name: [1] for name in items}).search
+    assert single is not None and single.against_picked is None and not single.below
+
+
+def test_a_lower_perplexity_is_the_better_one_of_a_half() -> None:
+    low, high = [[5.0, 10], [20.0, 10]] * 3, [[10.0, 10], [12.0, 10]] * 3
+    found = summed_up({"float": low, "none": low, "auto": high, "0.2": low, "0.7": high}, "perplexity").search
+    assert found is not None and found.best == "0.7" and found.picked == ("0.2", "0.7")
+    assert found.against_best.difference == 0 and not found.below
+    # The odd documents are answered by what is best on the even ones, 0.2, and the even ones by 0.7.
+    assert found.against_picked == compare([[10.0, 10], [20.0, 10]] * 3, high)
+    worse = summed_up({"float": low, "none": low, "auto": [[30.0, 10]] * 6, "0.2": low, "0.7": high}, "perplexity")
+    assert worse.search is not None and worse.search.below
+
+
 def test_json_has_every_field_and_no_nan(made: Sweep) -> None:
     plain = json.loads(json.dumps(made.to_json(), allow_nan=False))
     assert plain["format"] == "evenbits.sweep/1"
     assert set(plain) == {
         "format", "model", "task", "metric", "higher_is_better", "n", "scheme", "method", "options", "calibration",
-        "rows", "spread", "key", "notes",
+        "rows", "spread", "search", "key", "notes",
     }  # fmt: skip
     assert set(plain["rows"][3]) == {
         "name", "alpha", "method", "metric", "interval", "against_none", "against_float", "regions", "region_alphas",
@@ -191,6 +241,7 @@ def test_json_has_every_field_and_no_nan(made: Sweep) -> None:
     }  # fmt: skip
     assert set(plain["rows"][3]["against_none"]) == {"difference", "standard_error", "interval", "p"}
     assert set(plain["spread"]) == {"best", "worst", "comparison", "separated"}
+    assert set(plain["search"]) == {"best", "against_best", "below", "picked", "against_picked"}
     assert set(plain["rows"][2]["region_alphas"]) and not plain["rows"][3]["region_alphas"]
 
 

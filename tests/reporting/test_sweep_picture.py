@@ -11,7 +11,7 @@ import pytest
 from evenbits.errors import EvenbitsError
 from evenbits.pipeline.points import make_points, parse_alphas
 from evenbits.pipeline.sweep_result import Sweep, summarise
-from evenbits.reporting.sweep import check_plot, plot, sweep_figure, sweep_table, verdict
+from evenbits.reporting.sweep import check_plot, plot, search_verdict, sweep_figure, sweep_table, verdict
 
 
 def accuracy(share: float) -> dict[str, Any]:
@@ -66,7 +66,19 @@ def test_accuracy_is_in_percent_with_bands_lines_and_marks() -> None:
 def test_equal_scores_are_not_told_apart() -> None:
     sweep = made({name: accuracy(0.7) for name in NAMES})
     assert sweep.spread is not None and not sweep.spread.separated and sweep.spread.best == "0.5"
-    assert "not more than two" in verdict(sweep)
+    assert verdict(sweep) == "All 3 α score the same."
+    assert sweep_figure(sweep).panels[0].marks == ()
+
+
+def test_auto_stands_beside_the_best_alpha_and_one_picked_on_the_other_half() -> None:
+    scores = {n: accuracy(v) for n, v in zip(NAMES, (0.9, 0.5, 0.79, 0.6, 0.8, 0.7), strict=True)}
+    first, second = search_verdict(made(scores))
+    error = 100 * math.sqrt(2 - 2**2 / 200) / 200
+    assert first == f"α = auto minus the best α (0.5, of 3, picked on these samples): −1.00 ± {error:.2f} points."
+    assert second == f"α = auto minus the α picked on the other half (0.5): −1.00 ± {error:.2f} points."
+    assert sweep_figure(made(scores)).caption[2:] == (first, second)
+    (only,) = search_verdict(made(scores, "0.5"))
+    assert "(0.5, the only one)" in only
 
 
 def test_a_wide_perplexity_gets_a_logarithmic_axis_and_an_infinite_one_no_point(tmp_path: Path) -> None:

@@ -111,10 +111,10 @@ def _given(**words: Any) -> dict[str, Any]:
 
 
 def _show(found: Sweep, folder: Path, picture: Path) -> None:
-    from evenbits.reporting.sweep import sweep_table, verdict
+    from evenbits.reporting.sweep import search_verdict, sweep_table, verdict
     from evenbits.reporting.tables import show
 
-    show(sweep_table(found), "", verdict(found), *found.notes)
+    show(sweep_table(found), "", verdict(found), *search_verdict(found), *found.notes)
     show(
         "minus none: against no smoothing on the same samples; ±: one paired standard error; p: exact McNemar test, or "
         "sign flips over documents.",

@@ -2,6 +2,10 @@
 
 The interval of a row says how sure its own score is. Rows share their samples, so the difference of two is known far
 better than their intervals suggest: it is the paired comparisons that say whether α matters.
+
+The best of many α was picked on the samples that it is scored on, and part of its lead is luck. So `auto`, which was
+not picked, is compared twice: with that best α, which is strict, and by halves: the even samples with the α that is
+best on the odd ones, and the odd with the best on the even. The second is free of that luck.
 """
 
 from __future__ import annotations
@@ -67,9 +71,23 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Search:
+    """α = auto beside the α of the sweep. against_best: auto minus the best α, which was picked on the same samples;
+    below: whether auto is worse by more than one paired standard error; picked: the best α of the even and of the odd
+    samples; against_picked: auto minus a model that answers each half with the α picked on the other, None for one
+    sample."""
+
+    best: str
+    against_best: Comparison
+    below: bool
+    picked: tuple[str, str]
+    against_picked: Comparison | None
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A finished sweep. metric: the figure's name; n: samples; spread: None with fewer than two α; key: digest of all
-    that the results depend on."""
+    """A finished sweep. metric: the figure's name; n: samples; spread: None with fewer than two α; search: None without
+    auto; key: digest of all that the results depend on."""
 
     model: str
     task: str
@@ -82,6 +100,7 @@ class Sweep:
     calibration: str
     rows: tuple[SweepRow, ...]
     spread: Spread | None
+    search: Search | None
     key: str
     notes: tuple[str, ...]
 
@@ -106,6 +125,7 @@ def summarise(points: Sequence[Point], found: Mapping[str, Mapping[str, Any]], *
     metric = next(iter(first["metrics"]))
     better = metric != "perplexity"
     rows = tuple(_row(found[point.name], found, metric) for point in points)
+    curve = [row for row in rows if row.alpha is not None]
     notes = dict.fromkeys(
         note for point in points for note in (*found[point.name]["evaluation"]["notes"], *found[point.name]["notes"])
     )
@@ -114,7 +134,8 @@ def summarise(points: Sequence[Point], found: Mapping[str, Mapping[str, Any]], *
         higher_is_better=better,
         n=int(first["n"]),
         rows=rows,
-        spread=_spread([row for row in rows if row.alpha is not None], found, better),
+        spread=_spread(curve, found, better),
+        search=_search(curve, found, better) if "auto" in found else None,
         notes=tuple(notes),
         **about,
     )
@@ -175,9 +196,40 @@ def _comparison(difference: float, error: float | None, p: float | None) -> Comp
 def _spread(curve: Sequence[SweepRow], found: Mapping[str, Mapping[str, Any]], better: bool) -> Spread | None:
     if len(curve) < 2:
         return None
-    sign = 1 if better else -1
-    # Of equal scores the one nearest to 0.5, which needs no second explanation.
-    best = max(curve, key=lambda row: (sign * row.metric, -abs((row.alpha or 0.0) - 0.5)))
-    worst = min(curve, key=lambda row: (sign * row.metric, abs((row.alpha or 0.0) - 0.5)))
-    comparison = compare(_items(found[worst.name]), _items(found[best.name]))
-    return Spread(best.name, worst.name, comparison, comparison.separated)
+    scores = {row.name: _signed(row.metric, better) for row in curve}
+    best, worst = _best(curve, scores), _best(curve, {name: -score for name, score in scores.items()})
+    comparison = compare(_items(found[worst]), _items(found[best]))
+    return Spread(best, worst, comparison, comparison.separated)
+
+
+def _search(curve: Sequence[SweepRow], found: Mapping[str, Mapping[str, Any]], better: bool) -> Search | None:
+    if not curve:
+        return None
+    best = _best(curve, {row.name: _signed(row.metric, better) for row in curve})
+    items = {row.name: _items(found[row.name]) for row in curve}
+    auto = _items(found["auto"])
+    against = compare(items[best], auto)
+    shortfall = -_signed(against.difference, better)
+    below = shortfall > (against.standard_error or 0.0)
+    if len(auto) < 2:
+        return Search(best, against, below, (best, best), None)
+    picked = tuple(_best(curve, {name: _score(of[half::2]) for name, of in items.items()}) for half in (0, 1))
+    crossed = [items[picked[1 - index % 2]][index] for index in range(len(auto))]
+    return Search(best, against, below, (picked[0], picked[1]), compare(crossed, auto))
+
+
+def _best(curve: Sequence[SweepRow], scores: Mapping[str, float]) -> str:
+    """Of equal scores the one nearest to 0.5, which needs no second explanation."""
+    return max(curve, key=lambda row: (scores[row.name], -abs((row.alpha or 0.0) - 0.5))).name
+
+
+def _score(items: Sequence[Any]) -> float:
+    """The share that is right, or minus the nats per token; larger is better."""
+    if not isinstance(items[0], (list, tuple)):
+        return float(sum(items)) / len(items)
+    nats = sum(math.inf if item[0] is None else float(item[0]) for item in items)
+    return -nats / sum(int(item[1]) for item in items)
+
+
+def _signed(value: float, better: bool) -> float:
+    return value if better else -value

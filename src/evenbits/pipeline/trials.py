@@ -2,7 +2,8 @@
 
 Every candidate is built as the integer layer that would be swapped in, with its s as an explicit multiply, which gives
 what a fold gives. Losses are running sums over all batches; nothing of an activation is kept. Candidates' weights are
-held for as many layers at a time as fit a budget, and each such part is one walk over the data.
+held for as many regions at a time as fit a budget, one at least, and each such part is one walk over the data. Of a
+block (scope "block") all candidates are held.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from evenbits.pipeline.solve import build_layer, layer_stats
 from evenbits.pipeline.watch import Watched, without_cache
 from evenbits.schemes.scheme import Scheme
 
-_BUDGET = 256 * 2**20  # bytes of candidates' weights held at a time
+_BUDGET = 256 * 2**20  # codes of candidates' weights held at a time: a byte each, or less where they are packed
 Candidates: TypeAlias = Mapping[str, Sequence[Rebalance]]
 Built: TypeAlias = Mapping[str, Sequence[QuantizedLayer]]
 Walk: TypeAlias = Callable[[Iterator[Callable[[], Any]]], Iterator[Callable[[], Any]]]

@@ -52,6 +52,7 @@ def sweep_figure(sweep: Sweep) -> Figure:
     caption = (
         upper + lower,
         f"All scores are of the same samples, so the lower panel tells two α apart better. Key {sweep.key[:12]}.",
+        *search_verdict(sweep),
     )
     label = "accuracy, % of inputs" if share else f"{sweep.metric} (lower is better)"
     panels = (
@@ -139,20 +140,37 @@ def verdict(sweep: Sweep) -> str:
     spread = sweep.spread
     if spread is None:
         return "One α only: nothing to tell apart."
-    factor, unit = (100.0, " points") if sweep.metric == "accuracy" else (1.0, "")
     found = spread.comparison
+    if spread.best == spread.worst:
+        return f"All {len(sweep.curve)} α score the same."
     if not math.isfinite(found.difference):
         return f"Best α {spread.best}; at the worst, {spread.worst}, the {sweep.metric} is infinite."
     if found.standard_error is None:
-        return (
-            f"Best α {spread.best}, worst {spread.worst}, {_signed(found.difference * factor)}{unit}; no error known."
-        )
-    error = found.standard_error * factor
+        return f"Best α {spread.best}, worst {spread.worst}, {difference(sweep, found)}; no error known."
     how = "more than" if spread.separated else "not more than"
-    return (
-        f"Best α {spread.best} minus worst {spread.worst}: {_signed(found.difference * factor)} ± {error:.2f}{unit}, "
-        f"{how} two paired standard errors."
-    )
+    apart = difference(sweep, found)
+    return f"Best α {spread.best} minus worst {spread.worst}: {apart}, {how} two paired standard errors."
+
+
+def search_verdict(sweep: Sweep) -> tuple[str, ...]:
+    """Up to two sentences: auto against the best α, and against one that was not picked on the same samples."""
+    search = sweep.search
+    if search is None or not _finite(search.against_best):
+        return ()
+    among = f"of {len(sweep.curve)}, picked on these samples" if len(sweep.curve) > 1 else "the only one"
+    first = f"α = auto minus the best α ({search.best}, {among}): {difference(sweep, search.against_best)}."
+    if search.against_picked is None or not _finite(search.against_picked) or len(sweep.curve) < 2:
+        return (first,)
+    words = " and ".join(dict.fromkeys(search.picked))
+    second = f"α = auto minus the α picked on the other half ({words}): {difference(sweep, search.against_picked)}."
+    return (first, second)
+
+
+def difference(sweep: Sweep, found: Comparison) -> str:
+    """A difference with one paired standard error, in percentage points where the metric is a share."""
+    factor, unit = (100.0, " points") if sweep.metric == "accuracy" else (1.0, "")
+    error = "" if found.standard_error is None else f" ± {found.standard_error * factor:.2f}"
+    return f"{_signed(found.difference * factor)}{error}{unit}"
 
 
 def _signed(value: float) -> str:
