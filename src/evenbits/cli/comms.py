@@ -58,7 +58,8 @@ def _made(
 
     from evenbits.comms.plan import CODECS, parse_link, parse_shape
     from evenbits.comms.plan import plan as make
-    from evenbits.comms.simulate import SCHEDULES, Network
+    from evenbits.comms.programs import SCHEDULES
+    from evenbits.comms.simulate import Network
     from evenbits.errors import unknown_name
 
     kinds = {name.lower(): name for name in SCHEDULES}

@@ -18,7 +18,8 @@ from math import prod
 
 import torch
 
-from evenbits.comms.simulate import Costs, Network, Timing, break_even, predict, timed
+from evenbits.comms.simulate import Costs, Network, predict
+from evenbits.comms.timing import Timing, break_even, timed
 from evenbits.comms.wire import Edge
 from evenbits.errors import EvenbitsError
 
