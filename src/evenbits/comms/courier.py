@@ -133,7 +133,7 @@ class Courier:
         """A tensor as a frame, uint8. What cannot be coded becomes a poisoned frame and a fault (comms/faults.py)."""
         lane = self.lanes[edge, direction]
         flags, mask = 0, self._kept(edge, direction, RECEIVED, microbatch, slot)
-        visit = self._visit(edge, direction, microbatch, slot, Meta.of(x))
+        visit = self._visit(edge, direction, microbatch, slot, Meta.of(x)) if x.dtype in FLOATS else None
         if x.dtype not in FLOATS:
             payload = as_bytes(x)
         else:
