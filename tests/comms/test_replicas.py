@@ -24,7 +24,7 @@ def measured() -> dict[tuple[int, str], list[float]]:
     """{(ranks, setting): seconds at 100 Mbit/s, 1 Gbit/s and without a limit} as docs/wire.md says."""
     number = r"\s*([\d.]+)\s*\|"
     line = re.compile(rf"^\| ([24]) \| (none|int[48](?:\+EF)?) \|[^|]*\|[^|]*\|{3 * number}", re.MULTILINE)
-    found = line.findall(DOCS.read_text(encoding="utf-8"))
+    found = line.findall(DOCS.read_text(encoding="utf-8").partition("### Did the planner say so?")[0])
     return {(int(world), setting): list(map(float, seconds)) for world, setting, *seconds in found}
 
 
