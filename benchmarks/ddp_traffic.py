@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from links import ADDRESSES, INTERFACES, available, link
+from links import address, available, interfaces, link
 from machine import fingerprint
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -77,7 +77,7 @@ def counted(rank: int, local: bool) -> int:
     """Bytes the kernel has sent from this half, read by its first rank."""
     if local or rank not in (0, dist.get_world_size() // 2):
         return 0
-    return int(Path(f"/sys/class/net/{INTERFACES[bool(rank)]}/statistics/tx_bytes").read_text())
+    return int(Path(f"/sys/class/net/{interfaces(int(bool(rank)), 2)[0]}/statistics/tx_bytes").read_text())
 
 
 def case(rank: int, options: dict[str, Any], setting: str, seed: int, steps: int, data: Any) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def work(rank: int, options: dict[str, Any], out: Path) -> None:
     """All cases of one link and number of ranks, on one rank."""
     torch.set_num_threads(1)
     half = rank >= options["world"] // 2
-    where = "127.0.0.1" if options["local"] else ADDRESSES[0]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if options["local"] else INTERFACES[half]
+    where = "127.0.0.1" if options["local"] else address(0)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if options["local"] else interfaces(int(half), 2)[0]
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://{where}:{options['port']}",

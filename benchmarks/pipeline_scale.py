@@ -19,7 +19,8 @@ import json
 import torch
 from machine import fingerprint
 
-from evenbits.comms.simulate import Costs, Network, break_even, predict, timed
+from evenbits.comms.simulate import Costs, Network, predict
+from evenbits.comms.timing import break_even, timed
 
 CODECS = "raw,bf16,int8:g128,int4:g128,int2:g64,multi2x4:dp,top0.1+int8:g128"
 

@@ -1,23 +1,27 @@
-"""Step time of a two-stage pipeline over a slow link, with torch's own stage and with coded ones.
+"""Step time of a pipeline over slow links, with torch's own stage and with coded ones, and what the planner foretold.
 
-    sudo python benchmarks/pipeline_traffic.py [--rates 20e6,100e6,1e9,0] [--codecs raw,fp16,…] [--steps 3] [--json]
+    sudo python benchmarks/pipeline_traffic.py [--stages 2,4] [--rates 20e6,100e6,1e9,0] [--schedules 1F1B,GPipe]
+        [--codecs stock,raw|1,int8:g128|1,…] [--steps 5] [--results FILE] [--mtu 6000] [--json]
 
-Two processes, one thread each, in two network namespaces joined by a throttled veth pair (links.py). Each stage has
---layers transformer layers (0: a norm and a linear, so that the link is all there is); --width, --length, --batch and
---microbatches set how much travels. For every link, schedule and codec:
+One process per stage, one thread each, every process in its own network namespace; a throttled veth pair joins each
+namespace to the next (links.py). Each stage has --layers transformer layers (0: a norm and a linear, so that the link
+is all there is); --width, --length, --batch and --microbatches set how much travels. With --results every cell is
+written to a file as soon as it is measured; the same command goes on where it was interrupted. Per cell:
 
-    seconds     median and best of the measured steps, after one step that is not measured
-    share       1 − (stock step on the unthrottled link) / (this step): what of the step the link is responsible for
+    seconds     median of the measured steps, after one that is not measured: the slowest rank's, optimizer included
+    share       of a stock step: 1 − (stock step without a limit) / (this step), what the link is responsible for
+    gain        stock step / this step, on the same link
+    predicted   seconds by comms/simulate.py from costs that were clocked in other runs (pipeline_forecast.py); error %
+    verdict     what the prediction says of the codec on this link, with its predicted gain; within 3 % it says "even"
     reported    bytes of payloads and trailers as CodecStage counts them (stock: sizes of the tensors)
-    interface   bytes the kernel counted on both ends of the link in the same steps, headers and acknowledgements too
-    ratio       the same without 66 bytes of Ethernet, IP and TCP header per packet / reported; must be within 3 % of 1
+    interface   bytes the kernel counted on all ends of links in the same steps, headers and acknowledgements too
+    contents    the same without 66 bytes of Ethernet, IP and TCP header per packet / reported; must be within 3 % of 1
 
     |1          behind a codec: receives are posted one microbatch ahead (CodecStage's `ahead`)
-    mean        seconds inside the schedule alone
-    predicted   the same by comms/simulate.py, from this case's own times of computing and coding, and its bytes
 
-and, without any codec, one against four microbatches of the same batch. Without namespaces (--local) the processes use
-loopback and every send first sleeps for bytes / rate: a link without overlap, and nothing for the kernel to count.
+and, in a table of their own, one against four microbatches of the same batch without any codec. Without namespaces
+(--local) the processes use loopback and every send first sleeps for bytes / rate: a link without overlap, and nothing
+for the kernel to count.
 """
 
 from __future__ import annotations
@@ -31,302 +35,262 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from links import ADDRESSES, INTERFACES, available, link
+from links import ETHERNET, HEADERS, MTU, available, link
 from machine import fingerprint
-from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from pipeline_forecast import alone, calibrated, foretold, messages
+from pipeline_ranks import SCHEDULES, work
 
-from evenbits.comms.simulate import Costs, Network, predict
-from evenbits.comms.stages import CodecStage
-
-SCHEDULES = {"1F1B": Schedule1F1B, "GPipe": ScheduleGPipe}
-CODECS = "stock,raw,raw|1,fp16,int8:g128,int8:g128|1,int4:g128/int8:g128|1,int4:g128,int4:g128|1"
-VOCABULARY = 512
-HEADER = 14 + 20 + 32  # Ethernet, IPv4, TCP with timestamps
+CODECS = "stock,raw|1,int8:g128|1,int4:g128/int8:g128|1,int4:g128|1"
+EVEN = 0.03
+SETTINGS = ("width", "layers", "length", "batch", "microbatches", "steps", "mtu", "local", "repeats")
+Row = dict[str, Any]
 
 
-class Part(nn.Module):
-    """The layers, after an embedding on the first stage and before a classifier on the last."""
-
-    def __init__(self, rank: int, width: int, layers: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, width) if rank == 0 else nn.Identity()
-        options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        whole = [nn.TransformerEncoderLayer(width, 4, 2 * width, **options) for _ in range(layers)]
-        self.layer = nn.Sequential(*(whole or [nn.LayerNorm(width), nn.Linear(width, width)]))
-        self.head = nn.Linear(width, VOCABULARY) if rank else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.layer(self.embed(x)))
-
-
-def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-
-def counted(rank: int, local: bool) -> list[int]:
-    """Bytes and packets the kernel has sent from this end of the link."""
-    if local:
-        return [0, 0]
-    folder = Path(f"/sys/class/net/{INTERFACES[rank]}/statistics")
-    return [int((folder / name).read_text()) for name in ("tx_bytes", "tx_packets")]
-
-
-def paced(stage: Any, rate: float) -> None:
-    """Make sends sleep first, for --local."""
-    for name in ("get_fwd_send_ops", "get_bwd_send_ops"):
-        whole = getattr(stage, name)
-
-        def slow(chunk: int, whole: Any = whole) -> Any:
-            ops = whole(chunk)
-            time.sleep(sum(op.tensor.nbytes for op in ops) * 8 / rate)
-            return ops
-
-        setattr(stage, name, slow)
-
-
-class Clock:
-    """Mean seconds per call of a stage's own work: forward, backward, the two that encode, and the loss."""
-
-    NAMES = ("forward_one_chunk", "backward_one_chunk", "get_fwd_send_ops", "get_bwd_send_ops")
-
-    def __init__(self, stage: Any) -> None:
-        self.spent = {name: [0.0, 0] for name in (*self.NAMES, "loss")}
-        self.waited = 0.0
-        if isinstance(stage, CodecStage):
-            stage._arrived = self._waiting(stage._arrived)  # what waits for the link is no work
-        for name in self.NAMES:
-            setattr(stage, name, self.timed(name, getattr(stage, name)))
-
-    def timed(self, name: str, whole: Any) -> Any:
-        def timed(*args: Any, **options: Any) -> Any:
-            start, waited = time.perf_counter(), self.waited
-            made = whole(*args, **options)
-            self.spent[name][0] += time.perf_counter() - start - (self.waited - waited)
-            self.spent[name][1] += 1
-            return made
-
-        return timed
-
-    def _waiting(self, whole: Any) -> Any:
-        def waits(*args: Any) -> None:
-            start = time.perf_counter()
-            whole(*args)
-            self.waited += time.perf_counter() - start
-
-        return waits
-
-    def reset(self) -> None:
-        for kept in self.spent.values():
-            kept[:] = [0.0, 0]
-
-    def means(self) -> list[float]:
-        return [total / max(1, calls) for total, calls in self.spent.values()]
-
-
-def case(rank: int, options: dict[str, Any], schedule: str, codec: str, microbatches: int) -> dict[str, Any]:
-    """One schedule and codec: seconds and bytes of this rank."""
-    torch.manual_seed(rank)
-    part, device, width = Part(rank, options["width"], options["layers"]), torch.device("cpu"), options["width"]
-    name, _, ahead = codec.partition("|")
-    stage: Any = (
-        PipelineStage(part, rank, 2, device)
-        if name == "stock"
-        else CodecStage(part, rank, 2, device, codec=name, ahead=int(ahead) if ahead else None)
-    )
-    if options["local"] and options["rate"]:
-        paced(stage, options["rate"])
-    clock = Clock(stage)
-    engine: Any = SCHEDULES[schedule](stage, microbatches, loss_fn=clock.timed("loss", loss_of))
-    optimizer = torch.optim.SGD(part.parameters(), lr=0.01)
-    ids = torch.randint(VOCABULARY, (options["batch"], options["length"]), generator=torch.Generator().manual_seed(1))
-    seconds, engines, losses, before, sent = [], [], [], [0, 0], 0
-    for step in range(options["steps"] + 1):
-        dist.barrier()
-        if step == 1:
-            clock.reset()
-            before, sent = counted(rank, options["local"]), 0 if codec == "stock" else stage.bytes_sent()
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        begun = time.perf_counter()
-        if rank:
-            losses = []
-            engine.step(target=ids, losses=losses)
-        else:
-            engine.step(ids)
-        ended = time.perf_counter()
-        optimizer.step()
-        dist.barrier()
-        if step:
-            seconds.append(time.perf_counter() - start)
-            engines.append(ended - begun)
-    stock = 4 * options["batch"] * options["length"] * width * options["steps"]
-    return {
-        "seconds": seconds,
-        "engine": engines,
-        "clock": clock.means(),
-        "interface": [now - then for now, then in zip(counted(rank, options["local"]), before, strict=True)],
-        "reported": stock if codec == "stock" else stage.bytes_sent() - sent,
-        "loss": sum(float(x.detach()) for x in losses) / len(losses) if losses else None,
-    }
-
-
-def work(rank: int, options: dict[str, Any], out: Path) -> None:
-    """All cases of one link, on one rank."""
-    torch.set_num_threads(1)
-    where = "127.0.0.1" if options["local"] else ADDRESSES[0]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if options["local"] else INTERFACES[rank]
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://{where}:{options['port']}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=300),
-    )
-    found = [
-        {"schedule": schedule, "codec": codec, "microbatches": m, **case(rank, options, schedule, codec, m)}
-        for schedule, codec, m in options["cases"]
-    ]
-    out.write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Both ranks of one link → one row per case."""
-    with tempfile.TemporaryDirectory() as folder:
-        outs = [Path(folder) / str(rank) for rank in range(2)]
-
-        def start(rank: int, prefix: list[str]) -> subprocess.Popen[bytes]:
-            words = [sys.executable, __file__, "--rank", str(rank), "--out", str(outs[rank])]
-            return subprocess.Popen([*prefix, *words, "--options", json.dumps(options)])
-
-        if options["local"]:
-            _wait([start(rank, []) for rank in range(2)])
-        else:
-            with link(options["rate"]) as made:
-                _wait([start(rank, made.prefix(rank)) for rank in range(2)])
-        both = [json.loads(out.read_text()) for out in outs]
-    rows = []
-    for one, two in zip(*both, strict=True):
-        seconds = [max(pair) for pair in zip(one["seconds"], two["seconds"], strict=True)]
-        reported = one["reported"] + two["reported"]
-        interface, packets = map(sum, zip(one["interface"], two["interface"], strict=True))
-        rows.append(
-            {
-                "link": "loopback, sends paced" if options["local"] else "namespaces, tbf",
-                "rate": options["rate"],
-                **{key: one[key] for key in ("schedule", "codec", "microbatches")},
-                "seconds": statistics.median(seconds),
-                "best": min(seconds),
-                "reported": reported // options["steps"],
-                "interface": interface // options["steps"] or None,
-                "ratio": (interface - HEADER * packets) / reported if interface else None,
-                "loss": two["loss"],
-                "engine": statistics.mean(max(pair) for pair in zip(one["engine"], two["engine"], strict=True)),
-                "predicted": foretold(options, one, two),
-            }
-        )
-    return rows
-
-
-def foretold(options: dict[str, Any], one: dict[str, Any], two: dict[str, Any]) -> float:
-    """The model's seconds of the engine's step, from the work each rank timed and the bytes that travelled."""
-    share = options["steps"] * one["microbatches"]
-    costs = [
-        Costs(
-            forward=found["clock"][0] + found["clock"][4],
-            backward=found["clock"][1],
-            forward_bytes=one["reported"] // share,
-            backward_bytes=two["reported"] // share,
-            forward_encode=found["clock"][2],
-            backward_encode=found["clock"][3],
-        )
-        for found in (one, two)
-    ]
-    net, ahead = Network(options["rate"] or 10e9), one["codec"].partition("|")[2]
-    sizes = {"stages": 2, "microbatches": one["microbatches"]}
-    return predict(one["schedule"], **sizes, cost=costs, net=net, ahead=int(ahead) if ahead else None).seconds
-
-
-def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+def launched(role: str, options: Row, count: int, prefixes: Callable[[int], list[str]]) -> list[Path]:
+    """`count` processes of one role side by side → their output files, whatever they got done."""
+    folder = Path(options["folder"])
+    outs = [folder / f"{role}-{rank}" for rank in range(count)]
+    processes = []
+    for rank, out in enumerate(outs):
+        out.unlink(missing_ok=True)
+        words = [sys.executable, __file__, "--role", role, "--rank", str(rank), "--out", str(out)]
+        processes.append(subprocess.Popen([*prefixes(rank), *words, "--options", json.dumps(options)]))
     try:
         codes = [process.wait(900) for process in processes]
     finally:
         for process in processes:
             process.kill()
     if any(codes):
-        raise SystemExit(f"a rank ended with {codes}")
+        raise SystemExit(f"a process ended with {codes}")
+    return outs
 
 
-def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds what the link costs each step, against the stock step of the same schedule without a limit, and the gain."""
-    free = {(r["schedule"], r["microbatches"]): r["best"] for r in rows if r["codec"] == "stock" and not r["rate"]}
-    stock = {(r["rate"], r["schedule"], r["microbatches"]): r["best"] for r in rows if r["codec"] == "stock"}
+def calibrate(options: Row, codecs: list[str]) -> Row:
+    """The costs that predictions are made from: nothing of it is a measured cell."""
+    names = {part for codec in codecs if codec != "stock" for part in codec.partition("|")[0].split("/")}
+    counts = sorted({options["microbatches"], 1, 4})
+    plain = {**options, "counts": counts, "codecs": sorted(names)}
+
+    def here(rank: int) -> list[str]:
+        return []
+
+    single = json.loads(launched("alone", plain, 1, here)[0].read_text())
+    pair = [json.loads(out.read_text()) for out in launched("alone", {**plain, "codecs": []}, 2, here)]
+    with ExitStack() as stack:
+        made = None if options["local"] else stack.enter_context(link(0, 2, options["mtu"]))
+        outs = launched("messages", {**options, "stages": 2, "rate": 0}, 2, here if made is None else made.prefix)
+    ranks = [json.loads(out.read_text()) for out in outs]
+    return {"cores": len(os.sched_getaffinity(0)), **calibrated(single, pair, ranks)}
+
+
+def measure(options: Row, calibration: Row, keep: Callable[[Row], None]) -> None:
+    """All cases of one link and number of stages; each is kept, even if a later one fails."""
+    start, stages = time.perf_counter(), options["stages"]
+    with ExitStack() as stack:
+        if options["local"]:
+            prefix: Callable[[int], list[str]] = lambda rank: []  # noqa: E731
+        else:
+            prefix = stack.enter_context(link(options["rate"], stages, options["mtu"])).prefix
+        try:
+            launched("rank", options, stages, prefix)
+        finally:
+            files = [Path(options["folder"]) / f"rank-{rank}" for rank in range(stages)]
+            lines = [file.read_text().splitlines() if file.exists() else [] for file in files]
+            for found, *ranks in zip(options["cases"], *lines, strict=False):
+                keep(row_of(options, calibration, found, [json.loads(line) for line in ranks]))
+    print(f"{stages} stages, {options['rate']:g} bit/s: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def row_of(options: Row, calibration: Row, found: tuple[str, str, int], ranks: list[Row]) -> Row:
+    """One cell from what its ranks found."""
+    schedule, codec, microbatches = found
+    seconds = [max(step) for step in zip(*(rank["seconds"] for rank in ranks), strict=True)]
+    reported = sum(rank["reported"] for rank in ranks)
+    interface, packets = map(sum, zip(*(rank["interface"] for rank in ranks), strict=True))
+    contents = interface - (ETHERNET + HEADERS) * packets
+    return {
+        "link": "loopback, sends paced" if options["local"] else "namespaces, tbf",
+        "stages": options["stages"],
+        "rate": options["rate"],
+        "schedule": schedule,
+        "codec": codec,
+        "microbatches": microbatches,
+        "seconds": statistics.median(seconds),
+        "best": min(seconds),
+        "predicted": foretold(calibration, options, schedule, codec, microbatches),
+        "reported": reported // options["steps"],
+        "interface": interface // options["steps"] or None,
+        "contents": contents / reported if interface else None,
+        "loss": ranks[-1]["loss"],
+    }
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """Adds error, share, gain and verdict, each against the stock step of the same schedule and microbatches."""
+    stock = {(r["stages"], r["rate"], r["schedule"], r["microbatches"]): r for r in rows if r["codec"] == "stock"}
     for row in rows:
-        base = free.get((row["schedule"], row["microbatches"]))
-        row["share"] = None if base is None else max(0.0, 1 - base / row["best"])
-        against = stock.get((row["rate"], row["schedule"], row["microbatches"]))
-        row["gain"] = None if against is None else against / row["best"]
+        key = (row["stages"], row["rate"], row["schedule"], row["microbatches"])
+        free, base = stock.get((key[0], 0.0, *key[2:])), stock.get(key)
+        row["error"] = row["predicted"] / row["seconds"] - 1
+        row["share"] = None
+        if row["codec"] == "stock":
+            if free is not None:
+                row["share"] = max(0.0, 1 - free["seconds"] / row["seconds"])
+        elif base is not None:
+            row["gain"] = base["seconds"] / row["seconds"]
+            row["foretold"] = base["predicted"] / row["predicted"]
+            far = abs(row["foretold"] - 1) > EVEN
+            row["verdict"] = "even" if not far else "pays" if row["foretold"] > 1 else "does not pay"
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
-    head = f"{'link':>10} {'schedule':8} {'m':>2} {'codec':22} {'median s':>8} {'best s':>7} {'gain':>5} {'share':>5} "
-    lines = [head + f"{'reported MB':>11} {'interface MB':>12} {'ratio':>6} {'mean s':>7} {'predicted':>9}"]
-    for r in rows:
-        rate = f"{r['rate'] / 1e6:g} Mbit/s" if r["rate"] else "no limit"
-        share, gain = (f"{r[k]:.2f}" if r[k] is not None else "" for k in ("share", "gain"))
-        seen = f"{r['interface'] / 1e6:12.3f} {r['ratio']:6.3f}" if r["ratio"] else f"{'':12} {'':6}"
-        lines.append(
-            f"{rate:>10} {r['schedule']:8} {r['microbatches']:>2} {r['codec']:22} {r['seconds']:8.3f} {r['best']:7.3f} "
-            f"{gain:>5} {share:>5} {r['reported'] / 1e6:11.3f} {seen} {r['engine']:7.3f} {r['predicted']:9.3f}"
-        )
+def table(rows: list[Row], microbatches: int) -> str:
+    """Markdown: the cells; then one against four microbatches."""
+    titles = "stages | link | schedule | codec | s/step | share | gain | predicted | error % | planner | MB | contents"
+    lines = [f"| {titles} |", "|" + "---|" * titles.count("|") + "---|"]
+    for r in (r for r in rows if r["microbatches"] == microbatches):
+        share, gain = ("" if r.get(k) is None else f"{r[k]:.2f}" for k in ("share", "gain"))
+        verdict = f"{r['verdict']} {r['foretold']:.2f}" if "verdict" in r else ""
+        cells = [str(r["stages"]), named(r["rate"]), r["schedule"], r["codec"], f"{r['seconds']:.3f}", share, gain]
+        cells += [f"{r['predicted']:.3f}", f"{100 * r['error']:+.0f}", verdict, f"{r['reported'] / 1e6:.3f}"]
+        lines.append(f"| {' | '.join([*cells, '' if r['contents'] is None else format(r['contents'], '.3f')])} |")
+    lines += [
+        "",
+        "| stages | link | 1 microbatch | 4 microbatches | 4 / 1 | predicted 4 / 1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    few = {(r["stages"], r["rate"], r["microbatches"]): r for r in rows if r["microbatches"] in (1, 4)}
+    for (stages, rate, m), four in few.items():
+        one = few.get((stages, rate, 1))
+        if m == 4 and one is not None:
+            ratios = (f"{four[k] / one[k]:.2f}" for k in ("seconds", "predicted"))
+            cells = [str(stages), named(rate), f"{one['seconds']:.3f}", f"{four['seconds']:.3f}", *ratios]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def named(rate: float) -> str:
+    return f"{rate / 1e6:g} Mbit/s" if rate else "no limit"
+
+
+def summary(rows: list[Row]) -> str:
+    """How far the predictions were off, and where a codec lost."""
+    lines = []
+    for stages in sorted({r["stages"] for r in rows}):
+        errors = sorted(abs(r["error"]) for r in rows if r["stages"] == stages)
+        most = 0.15 if stages == 2 else 0.30
+        within = f"within {100 * most:.0f} % in {sum(e <= most for e in errors)} of {len(errors)} cells"
+        figures = f"{100 * statistics.median(errors):.0f} % in the median, {100 * errors[-1]:.0f} % at most"
+        lines.append(f"{stages} stages: prediction off by {figures}; {within}")
+    coded = [r for r in rows if r.get("gain") is not None]
+    lost = [r for r in coded if r["gain"] < 1 - EVEN]
+    missed = [cell_of(r) for r in lost if r["verdict"] == "pays"]
+    lines.append(f"a codec lost more than {100 * EVEN:.0f} % in {len(lost)} of {len(coded)} cells")
+    lines.append(f"the planner had said that it pays in {len(missed)} of these: {missed}")
+    shared = {(r["stages"], r["rate"], r["schedule"]): r["share"] for r in rows if r["share"] is not None}
+    for most, least in ((0.6, 2.0), (0.5, 1 / 0.77)):
+        wide = {key for key, share in shared.items() if share >= most}
+        here = [r for r in coded if "int" in r["codec"] and (r["stages"], r["rate"], r["schedule"]) in wide]
+        short = [cell_of(r) for r in here if r["gain"] < least]
+        count = f"{len(here) - len(short)} of {len(here)} cells; short of it: {short}"
+        lines.append(f"link >= {100 * most:.0f} % of the stock step: int8, int4 {least:.2f} times faster in {count}")
+    return "\n".join(lines)
+
+
+def cell_of(row: Row) -> str:
+    return f"{row['stages']} stages {named(row['rate'])} {row['schedule']} {row['codec']} {row['gain']:.2f}"
+
+
+def kept(path: Path | None, settings: Row) -> list[Row]:
+    """The lines of an earlier run with the same settings: the first names them."""
+    if path is None or not path.exists():
+        return []
+    first, *lines = (json.loads(line) for line in path.read_text().splitlines())
+    if first["settings"] != settings:
+        raise SystemExit(f"{path} holds results of other settings ({first['settings']}); give another file.")
+    return lines
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the namespaces are removed
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", default="20e6,100e6,1e9,0", help="bit per second; 0: no limit")
-    parser.add_argument("--schedules", default="1F1B,GPipe")
-    parser.add_argument("--codecs", default=CODECS)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--port", type=int, default=29400)
-    parser.add_argument("--local", action="store_true", help="no namespaces: loopback, sends sleep")
-    parser.add_argument("--json", action="store_true", help="JSON lines, the machine first")
-    for hidden in ("--rank", "--out", "--options"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.rank is not None:
-        work(int(given.rank), json.loads(given.options), Path(given.out))
+    given = parsed()
+    if given.role is not None:
+        act(given)
         return
     reason = "" if given.local else available()
     if reason:
         raise SystemExit(f"{reason}; give --local to pace sends on loopback instead, without the kernel's counters.")
-    cases = [(s, c, given.microbatches) for s in given.schedules.split(",") for c in given.codecs.split(",")]
-    cases += [("GPipe", "stock", 1), ("GPipe", "stock", 4)]
-    shared = {k: getattr(given, k) for k in ("width", "layers", "length", "batch", "steps", "port", "local")}
-    rows = []
-    for rate in map(float, given.rates.split(",")):
-        rows += run({**shared, "rate": rate, "cases": cases})
-    rows = with_shares(rows)
+    settings = {name: getattr(given, name) for name in SETTINGS}
+    codecs, rates = given.codecs.split(","), [float(rate) for rate in given.rates.split(",")]
+    lines, path = kept(given.results, settings), given.results
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        options = {**settings, "port": given.port, "folder": folder}
+
+        def keep(line: Row) -> None:
+            lines.append(line)
+            if path is not None:
+                with path.open("a") as file:
+                    print(json.dumps(line), file=file, flush=True)
+
+        if not lines:
+            if path is not None:
+                path.write_text(json.dumps({"settings": settings}) + "\n")
+            keep({"machine": fingerprint(), "calibration": calibrate(options, codecs)})
+        calibration = lines[0]["calibration"]
+        cases = [(s, c, given.microbatches) for s in given.schedules.split(",") for c in codecs]
+        cases += [("GPipe", "stock", m) for m in (1, 4) if m != given.microbatches]
+        for stages in map(int, given.stages.split(",")):
+            for rate in rates:
+                done = {tuple(r[k] for k in ("stages", "rate", "schedule", "codec", "microbatches")) for r in lines[1:]}
+                todo = [found for found in cases if (stages, rate, *found) not in done]
+                if todo:
+                    measure({**options, "stages": stages, "rate": rate, "cases": todo}, calibration, keep)
+    rows = compared(lines[1:])
     if given.json:
-        print("\n".join(json.dumps(line) for line in [fingerprint(), *rows]))
+        print("\n".join(json.dumps(line) for line in [lines[0]["machine"], *rows]))
     else:
-        print(table(rows))
+        print(table(rows, given.microbatches) + "\n\n" + summary(rows))
+
+
+def act(given: argparse.Namespace) -> None:
+    """What a process that this script has started does."""
+    options, out = json.loads(given.options), Path(given.out)
+    if given.role == "alone":
+        alone(options, out)
+    elif given.role == "messages":
+        work(given.rank, {**options, "cases": []}, out, instead=messages)
+    else:
+        work(given.rank, options, out)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default="2,4")
+    parser.add_argument("--rates", default="20e6,100e6,1e9,0", help="bit per second; 0: no limit")
+    parser.add_argument("--schedules", default=",".join(SCHEDULES))
+    parser.add_argument("--codecs", default=CODECS)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=25, help="of each part of the calibration")
+    parser.add_argument("--mtu", type=int, default=MTU)
+    parser.add_argument("--port", type=int, default=29400)
+    parser.add_argument("--results", type=Path, help="JSON lines; cells that it holds are not measured again")
+    parser.add_argument("--local", action="store_true", help="no namespaces: loopback, sends sleep")
+    parser.add_argument("--json", action="store_true", help="JSON lines, the machine first")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    for hidden in ("--role", "--out", "--options"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import pytest
 
 from evenbits.comms import plan as planning
 from evenbits.comms.plan import parse_link, parse_shape, plan
-from evenbits.comms.simulate import Network, Timing
+from evenbits.comms.simulate import Network
+from evenbits.comms.timing import Timing
 from evenbits.errors import EvenbitsError
 
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run, values
 
-from evenbits.comms.simulate import SCHEDULES, Costs, Network, Timing, break_even, predict, program, timed
+from evenbits.comms.programs import SCHEDULES, program
+from evenbits.comms.simulate import Costs, Machine, Network, predict
+from evenbits.comms.timing import Timing, break_even, timed
 from evenbits.errors import EvenbitsError
 
 FREE = Network(1e30)
@@ -139,6 +141,60 @@ def test_break_even_is_where_both_take_the_same_time(sizes: tuple[int, int], sec
         assert moved(mine, limit) == pytest.approx(moved(other, limit), rel=1e-6)
         assert moved(mine, limit / 2) < moved(other, limit / 2)
         assert moved(mine, limit * 2) > moved(other, limit * 2)
+
+
+@given(schedule=st.sampled_from(SCHEDULES), ahead=st.sampled_from([None, 0, 2]), rate=st.floats(1e3, 1e7), **SIZES)
+def test_a_machine_with_a_core_for_every_stage_changes_nothing(
+    schedule: str, ahead: int | None, rate: float, stages: int, microbatches: int
+) -> None:
+    """Two simulations, one rank by rank and one in the order of time: the same step. Of 1F1B's stock stage, whose two
+    directions take turns, the first does not always know whose turn it is."""
+    cost = Costs(0.01, 0.02, 300, 200, 1e-3, 2e-3, 1e-3, 2e-3, message=1e-4)
+    given_ = {"stages": stages, "microbatches": microbatches, "cost": cost, "net": Network(rate, 0.003), "ahead": ahead}
+    own, one = (predict(schedule, machine=machine, **given_).seconds for machine in (None, Machine(stages)))
+    assert one == pytest.approx(own, rel=0.15 if schedule == "1F1B" and ahead is None else 1e-6)
+
+
+def test_stages_on_few_cores_wait_for_them() -> None:
+    """Four stages on one core do all work one after the other; on two cores no faster than half of it."""
+    shared = {"stages": 4, "microbatches": 8, "cost": Costs(1.0, 2.0, 0, 0), "net": FREE}
+    alone, two, four = (predict("1F1B", machine=Machine(cores), **shared).seconds for cores in (1, 2, 4))
+    assert alone == pytest.approx(4 * 8 * 3)
+    assert four == pytest.approx((8 + 3) * 3) and max(four, 4 * 8 * 3 / 2) <= two < 1.2 * 4 * 8 * 3 / 2
+    slower = predict("1F1B", machine=Machine(2, together=0.5), **shared).seconds
+    assert two < slower <= 2 * two
+    with pytest.raises(EvenbitsError, match="one replica only"):
+        predict("1F1B", machine=Machine(2), replicas=2, **shared)
+    with pytest.raises(EvenbitsError, match="at least 1 core"):
+        Machine(0)
+
+
+def test_every_message_costs_both_ends() -> None:
+    """One microbatch, two stages: a send and a receive for the activation, and again for the gradient."""
+    cost = Costs(1.0, 2.0, 0, 0, message=0.25)
+    assert predict("GPipe", stages=2, microbatches=1, cost=cost, net=FREE).seconds == pytest.approx(6 + 4 * 0.25)
+
+
+def test_a_bucket_lets_the_first_bytes_pass_and_then_keeps_its_rate() -> None:
+    cost = Costs(0.0, 0.0, 1000, 0)  # a second each at the full rate
+    one, many = (
+        predict("GPipe", stages=2, microbatches=m, cost=cost, net=Network(8000.0, burst=400)).seconds for m in (1, 10)
+    )
+    assert one == pytest.approx(0.6) and many == pytest.approx(9.6), "saved up once"
+    with pytest.raises(EvenbitsError, match="burst at least 0"):
+        Network(1.0, burst=-1)
+
+
+def test_a_thousand_stages_fill_and_drain_their_pipeline() -> None:
+    """1024 stages, 64 microbatches over the internet: bubble of 1023 stages, each with two messages, and the steady
+    state between; jitter and stragglers only add to it."""
+    cost, shared = Costs(0.5, 1.0, 10**6, 10**6), {"stages": 1024, "microbatches": 64, "ahead": 1}
+    calm = predict("1F1B", cost=cost, net=Network(1e9, 0.03), **shared).seconds
+    message = 0.03 + 8e6 / 1e9
+    assert calm >= (64 + 1023) * 1.5 + 2 * 1023 * message * (1 - 1e-9)
+    assert calm < 1.5 * ((64 + 1023) * 1.5 + 2 * 1023 * message)
+    rough = predict("1F1B", cost=cost, net=Network(1e9, 0.03, jitter=0.01), replicas=2, stragglers=0.01, **shared)
+    assert rough.seconds > calm
 
 
 def test_costs_are_timed_on_the_tensor_itself() -> None:

@@ -7,14 +7,16 @@ tensors that travel together); this file knows nothing of schedules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from evenbits.comms.codecs import Codec
 from evenbits.comms.codecs.base import FLOATS, Meta
 from evenbits.comms.faults import NOT_CODED, NOT_FINITE, NOT_READ, Desk, Fault
 from evenbits.comms.guard import Guard
-from evenbits.comms.telemetry import Telemetry
+from evenbits.comms.telemetry import Direct, Telemetry
+from evenbits.comms.visits import Delta, Visit, Visits
 from evenbits.comms.wire import (
     BACKWARD,
     FORWARD,
@@ -37,6 +39,7 @@ class Courier:
     """The messages of one stage.
 
     edges: {index: Edge} of the one or two edges at this stage.
+    delta: how activations are delta-coded; None if they are not.
     learns: whether gradients will come back in this step; set by the stage.
     """
 
@@ -48,8 +51,10 @@ class Courier:
         desk: Desk,
         telemetry: Telemetry | None,
         guard: Guard | None,
+        delta: Delta | None = None,
     ) -> None:
         self.stage, self.device, self.desk = stage, device, desk
+        self.visits = None if delta is None else Visits(delta, stage)
         self.telemetry, self.guard = telemetry, guard
         self.lanes: dict[tuple[int, str], Lane] = {}
         for index, edge in edges.items():
@@ -64,6 +69,8 @@ class Courier:
 
     def begin(self) -> None:
         """A step begins: announced rungs come into use, nothing of the last step is left."""
+        if self.visits is not None:
+            self.visits.begin(self.learns)
         for lane in self.lanes.values():
             lane.advance()
         if self.telemetry is not None:
@@ -83,6 +90,8 @@ class Courier:
         """The step failed: no rung changes, since an announcement may not have arrived."""
         for lane in self.lanes.values():
             lane.following = lane.level
+        if self.visits is not None:
+            self.visits.fail()
 
     def outgoing(self) -> list[Lane]:
         """The lanes this stage sends on, and so decides about: forward after it, backward before it."""
@@ -101,11 +110,22 @@ class Courier:
         if meta.dtype not in FLOATS:
             nbytes = seen.raw_bytes
         else:
-            nbytes = self._nbytes(edge, direction, seen, self._kept(edge, direction, SENT, microbatch, slot))
+            visit = self._visit(edge, direction, microbatch, slot, seen)
+            nbytes = self._nbytes(edge, direction, seen, self._kept(edge, direction, SENT, microbatch, slot), visit)
         frame = self._frames[direction, microbatch, slot] = blank(nbytes, self.device)
         return frame
 
-    def _nbytes(self, edge: int, direction: str, meta: Meta, mask: torch.Tensor | None) -> int:
+    def _visit(self, edge: int, direction: str, microbatch: int, slot: int, meta: Meta) -> Visit | None:
+        """How an activation is delta-coded, if it is."""
+        if self.visits is None or direction == BACKWARD or meta.dtype not in FLOATS:
+            return None
+        return self.visits.of(edge, microbatch, slot, meta)
+
+    def _nbytes(
+        self, edge: int, direction: str, meta: Meta, mask: torch.Tensor | None, visit: Visit | None = None
+    ) -> int:
+        if visit is not None:
+            return visit.payload_bytes(meta)
         codec = self.lanes[edge, direction].codec
         return codec.payload_bytes(meta) if mask is None else codec.payload_bytes_on(meta, int(mask.sum()))
 
@@ -113,34 +133,39 @@ class Courier:
         """A tensor as a frame, uint8. What cannot be coded becomes a poisoned frame and a fault (comms/faults.py)."""
         lane = self.lanes[edge, direction]
         flags, mask = 0, self._kept(edge, direction, RECEIVED, microbatch, slot)
+        visit = self._visit(edge, direction, microbatch, slot, Meta.of(x)) if x.dtype in FLOATS else None
         if x.dtype not in FLOATS:
             payload = as_bytes(x)
         else:
             try:
-                payload = self._encoded(lane, x, mask)
+                payload = self._encoded(lane, x, mask, visit)
             except EvenbitsError as error:
-                nbytes = self._nbytes(edge, direction, Meta.of(x), mask)
+                nbytes = self._nbytes(edge, direction, Meta.of(x), mask, visit)
                 flags, payload = POISON, torch.zeros(nbytes, dtype=torch.uint8, device=x.device)
                 finite = bool(torch.isfinite(x).all())
                 self._sicken(error, NOT_CODED if finite else NOT_FINITE, direction, microbatch)
             else:
-                self._remember(lane, SENT, microbatch, slot, payload, Meta.of(x))
-        sequence = sequence_of(self.step, microbatch, direction, slot)
-        frame = framed(payload, sequence=sequence, flags=flags, level=lane.following)
+                if visit is None:
+                    self._remember(lane, SENT, microbatch, slot, payload, Meta.of(x))
+        sequence, mark = sequence_of(self.step, microbatch, direction, slot), 0 if visit is None else visit.mark
+        frame = framed(payload, sequence=sequence, flags=flags, level=lane.following, mark=mark)
         lane.sent += frame.numel()
         return frame
 
-    def _encoded(self, lane: Lane, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _encoded(self, lane: Lane, x: torch.Tensor, mask: torch.Tensor | None, visit: Visit | None) -> torch.Tensor:
+        used: Lane | Direct = lane if visit is None else Direct(cast(Codec, visit), lane.edge, lane.direction)
         if self.telemetry is None or not self.telemetry.wants(self.step):
-            return lane.codec.encode(x, mask=mask, generator=self._generator)
-        return self.telemetry.encode(lane, x, mask=mask, step=self.step, generator=self._generator)
+            return used.codec.encode(x, mask=mask, generator=self._generator)
+        return self.telemetry.encode(used, x, mask=mask, step=self.step, generator=self._generator)
 
     def read(self, edge: int, direction: str, microbatch: int, slot: int, meta: Any) -> torch.Tensor:
         """A received frame → a fresh tensor of `meta`; NaN if it was poisoned or, in training, cannot be read."""
         frame = self._frames.pop((direction, microbatch, slot))
         lane, seen = self.lanes[edge, direction], Meta(tuple(meta.shape), meta.dtype)
+        visit = self._visit(edge, direction, microbatch, slot, seen)
         try:
-            payload, flags, level = opened(frame, sequence_of(self.step, microbatch, direction, slot))
+            sequence, mark = sequence_of(self.step, microbatch, direction, slot), 0 if visit is None else visit.mark
+            payload, flags, level = opened(frame, sequence, mark)
             lane.hear(level)
             if meta.dtype not in FLOATS:
                 return from_bytes(payload, meta.shape, meta.dtype)
@@ -148,13 +173,14 @@ class Courier:
                 self._sick.add(microbatch)
                 return self._spoilt(meta)
             mask = self._kept(edge, direction, SENT, microbatch, slot)
-            decoded = lane.codec.decode(payload, seen, mask=mask)
+            decoded = (visit or lane.codec).decode(payload, seen, mask=mask)
         except EvenbitsError as error:
             if not self.learns:  # Without a backward pass no rank waits for this one at the end of the step.
                 raise
             self._sicken(error, NOT_READ, direction, microbatch)
             return self._spoilt(meta)
-        self._remember(lane, RECEIVED, microbatch, slot, payload, seen)
+        if visit is None:
+            self._remember(lane, RECEIVED, microbatch, slot, payload, seen)
         if decoded.stride() == tuple(meta.stride):
             return decoded
         return torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=self.device).copy_(decoded)

@@ -62,11 +62,18 @@ class SampleStore:
             self._write(oldest, spilled)
             self._release(oldest)
 
+    def view(self, sample: int) -> torch.Tensor:
+        """For a checkpoint, on the CPU: a copy if it is held in memory, a map of its file otherwise."""
+        return self._held[sample].detach().cpu().clone() if sample in self._held else self._mapped(sample)
+
     def get(self, sample: int) -> torch.Tensor:
         """What is kept for a sample. Raises EvenbitsError if it is gone from its file."""
         if sample in self._held:
             self._held.move_to_end(sample)
             return self._held[sample]
+        return self._mapped(sample)
+
+    def _mapped(self, sample: int) -> torch.Tensor:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -147,14 +154,37 @@ class DeltaCoder:
     def encode(self, x: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
         """x [N, …] of N samples → uint8 payload; what the other end will decode is kept. Raises EvenbitsError for
         identifiers that repeat, or do not number N, or samples whose shape has changed."""
+        return self.both(x, samples)[0]
+
+    def both(
+        self, x: torch.Tensor, samples: Sequence[int], *, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`encode`, and what the other end will decode: payload, x̂. generator: of stochastic codecs."""
         meta = Meta.of(x)
         new, known = self._split(meta, samples)
-        parts = [self.first.encode(x[new])] if new else []
+        parts = [self.first.encode(x[new], generator=generator)] if new else []
         if known:
-            parts.append(self.codec.encode(x[known] - self._kept(meta, samples, known, x.device)))
+            change = x[known] - self._kept(meta, samples, known, x.device)
+            parts.append(self.codec.encode(change, generator=generator))
         payload = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=x.device)
-        self.decode(payload, meta, samples)
-        return payload
+        return payload, self.decode(payload, meta, samples)
+
+    def expect(self, samples: Sequence[int]) -> None:
+        """These samples, no more than `capacity`, come next, in several batches: room is made for them now, and none of
+        them is dropped for another. So what is known of them can be asked at once.
+        """
+        for sample in samples:
+            if sample in self._known:
+                self._known.move_to_end(sample)
+        new = sum(sample not in self._known for sample in samples)
+        while self.capacity is not None and self._known and len(self._known) + new > self.capacity:
+            self._forget(next(iter(self._known)))
+
+    def forget(self, samples: Sequence[int]) -> None:
+        """Their next visits are first visits again."""
+        for sample in samples:
+            if sample in self._known:
+                self._forget(sample)
 
     def decode(self, payload: torch.Tensor, meta: Meta, samples: Sequence[int]) -> torch.Tensor:
         """A payload → x̂ of `meta`, which is kept for the samples' next visit."""
@@ -178,9 +208,13 @@ class DeltaCoder:
         return made
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What is kept: "samples" int64 [S] from the one longest unseen, and "0" … "S−1", a tensor for each."""
+        """What is kept: "samples" int64 [S] from the one longest unseen, and "0" … "S−1", a tensor for each.
+
+        Copies of what is held in memory; what was spilled is mapped from its file, not read, so that `memory` bounds a
+        checkpoint too. The maps stay as they are while training goes on: files are replaced, never written into.
+        """
         state = {"samples": torch.tensor(list(self._known), dtype=torch.int64)}
-        return state | {str(i): self._store.get(sample).cpu().clone() for i, sample in enumerate(self._known)}
+        return state | {str(i): self._store.view(sample) for i, sample in enumerate(self._known)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Replaces what is kept by a `state_dict`. Raises EvenbitsError for what is not one."""

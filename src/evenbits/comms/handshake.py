@@ -38,10 +38,11 @@ def card(
     rungs: dict[str, int],
     step: int,
     refuses: str = "",
+    delta: str = "",
     **metas: Any,
 ) -> Card:
-    """One stage's card. rungs: {"edge.direction": rung of the ladder in use}; step: steps done so far; metas: inputs,
-    outputs, input_grads, output_grads as tensor metas or None.
+    """One stage's card. rungs: {"edge.direction": rung of the ladder in use}; step: steps done so far; delta: how
+    activations are delta-coded; metas: inputs, outputs, input_grads, output_grads as tensor metas or None.
     """
     return {
         "evenbits": __version__,
@@ -53,6 +54,7 @@ def card(
         "rungs": rungs,
         "step": step,
         "refuses": refuses,
+        "delta": delta,
         **{name: shapes(meta) for name, meta in metas.items()},
     }
 
@@ -94,6 +96,7 @@ _EVERYWHERE = (
     ("wire", "wire formats"),
     ("microbatches", "numbers of microbatches"),
     ("step", "steps done"),
+    ("delta", "delta coders"),
 )
 
 

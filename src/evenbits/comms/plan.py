@@ -18,7 +18,8 @@ from math import prod
 
 import torch
 
-from evenbits.comms.simulate import Costs, Network, Timing, break_even, predict, timed
+from evenbits.comms.simulate import Costs, Machine, Network, predict
+from evenbits.comms.timing import Timing, break_even, timed
 from evenbits.comms.wire import Edge
 from evenbits.errors import EvenbitsError
 
@@ -75,10 +76,16 @@ def plan(
     microbatches: int = 8,
     schedule: str = "1F1B",
     compute: float = 0.0,
+    replicas: int = 1,
+    parameters: int = 0,
+    stragglers: float = 0.0,
+    slowdown: float = 2.0,
+    machine: Machine | None = None,
     repeats: int = 5,
 ) -> list[Offer]:
     """One offer per codec, "raw" first. shape: of the activation of one microbatch; compute: seconds of its forward
-    pass on one stage, the backward pass is taken as twice that.
+    pass on one stage, the backward pass is taken as twice that; parameters: of one stage, whose gradients replicas of
+    the pipeline reduce uncoded (replicas.py plans that); stragglers, slowdown, machine: as `predict` takes them.
 
     Raises EvenbitsError for unknown codecs and schedules and for sizes that make no pipeline.
     """
@@ -91,19 +98,13 @@ def plan(
     names = [name for edge in edges for name in (edge.forward[0], edge.backward[0])]
     timings = {name: timed(name, x, repeats) for name in dict.fromkeys(names)}
     offers: list[Offer] = []
+    world = {"replicas": replicas, "stragglers": stragglers, "slowdown": slowdown, "machine": machine}
+    line = {"stages": stages, "microbatches": microbatches, "gradient_bytes": 4 * parameters, "ahead": 1}
     for edge in edges:
         there, back = timings[edge.forward[0]], timings[edge.backward[0]]
-        cost = Costs(
-            forward=compute,
-            backward=2 * compute,
-            forward_bytes=there.nbytes,
-            backward_bytes=back.nbytes,
-            forward_encode=there.encode,
-            forward_decode=there.decode,
-            backward_encode=back.encode,
-            backward_decode=back.decode,
-        )
-        step = predict(schedule, stages=stages, microbatches=microbatches, cost=cost, net=net, ahead=1).seconds
+        coding = (there.encode, there.decode, back.encode, back.decode)
+        cost = Costs(compute, 2 * compute, there.nbytes, back.nbytes, *coding)
+        step = predict(schedule, cost=cost, net=net, **line, **world).seconds  # type: ignore[arg-type]
         whole = Timing(there.encode + back.encode, there.decode + back.decode, there.nbytes + back.nbytes)
         offers.append(_offer(_name(edge), whole, timings["raw"], x.numel(), step, offers))
     return offers

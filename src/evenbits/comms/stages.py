@@ -21,7 +21,7 @@ Not here: DTensor activations, and stages cut by `torch.distributed.pipelining.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -36,6 +36,7 @@ from evenbits.comms.faults import desk_of
 from evenbits.comms.guard import Guard
 from evenbits.comms.handshake import Card, card, shake
 from evenbits.comms.telemetry import Telemetry
+from evenbits.comms.visits import Delta
 from evenbits.comms.wire import BACKWARD, FORWARD, Edge, edge_of
 from evenbits.errors import EvenbitsError
 
@@ -58,6 +59,8 @@ class CodecStage(PipelineStage):
     codec: one spelling for all edges, or {edge: spelling}; edge i lies between stages i and i + 1 (`Edge.of`).
     telemetry: measures what the codecs do to this rank's outgoing tensors (comms/telemetry.py).
     guard: warns, or raises the bits, when the measured error becomes dangerous (comms/guard.py); needs telemetry.
+    delta: activations travel as differences from the same sample's last ones (comms/visits.py); `samples` names them.
+        A guard's ladder then moves gradients only.
     timeout: seconds to wait for the other stages' cards before the first step.
     ahead: how many microbatches ahead of its need a receive is posted; None leaves it to the schedule, as NCCL needs
         it; "auto" is 1 on gloo. gloo announces a receive on the connection that also carries the data going that way,
@@ -79,6 +82,7 @@ class CodecStage(PipelineStage):
         codec: str | Edge | Mapping[int, str | Edge] = "int8:g128",
         telemetry: Telemetry | None = None,
         guard: Guard | None = None,
+        delta: Delta | None = None,
         timeout: float = 60.0,
         ahead: int | str | None = "auto",
         **options: Any,
@@ -97,14 +101,16 @@ class CodecStage(PipelineStage):
         self.edges = {i: edge_of(codec, i) for i in (stage_index - 1, stage_index) if 0 <= i < num_stages - 1}
         self.desk = desk_of(self.group, self.device)
         self.desk.stages.add(self)
-        self.courier = Courier(stage_index, self.edges, self.device, self.desk, telemetry, guard)
+        self.courier = Courier(stage_index, self.edges, self.device, self.desk, telemetry, guard, delta)
         self._timeout = timedelta(seconds=timeout)
 
     def codec_state(self) -> dict[str, Any]:
         """What a checkpoint of this stage must hold beside the module: the step and every lane's rung."""
         lanes = {f"{edge}.{direction}": lane.following for (edge, direction), lane in self.courier.lanes.items()}
         guard = self.courier.guard
-        return {"step": self.courier.step, "lanes": lanes, "guard": {} if guard is None else guard.state()}
+        state = {"step": self.courier.step, "lanes": lanes, "guard": {} if guard is None else guard.state()}
+        visits = self.courier.visits
+        return state if visits is None else {**state, "delta": visits.state()}
 
     def load_codec_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `codec_state`, before the first step. Raises EvenbitsError if the edges are other ones."""
@@ -119,6 +125,16 @@ class CodecStage(PipelineStage):
         self.courier.step = int(state["step"])
         if self.courier.guard is not None:
             self.courier.guard.load(state["guard"])
+        if self.courier.visits is not None:
+            self.courier.visits.load(state.get("delta", {}))
+
+    def samples(self, ids: Sequence[int] | torch.Tensor) -> None:
+        """With `delta`: a whole number for each sample of the batch, in its order; on every rank, before every training
+        step. Raises EvenbitsError without `delta`, and for numbers that repeat.
+        """
+        if self.courier.visits is None:
+            raise EvenbitsError("this stage has no delta coding; give CodecStage delta=Delta('int4:g128').")
+        self.courier.visits.announce(ids)
 
     def bytes_sent(self) -> int:
         """Bytes this stage has handed to the link so far, trailers included."""
@@ -283,6 +299,7 @@ class CodecStage(PipelineStage):
             rungs={f"{edge}.{direction}": lane.level for (edge, direction), lane in self.courier.lanes.items()},
             step=self.courier.step,
             refuses=self._refuses(),
+            delta="" if self.courier.visits is None else self.courier.visits.delta.spec,
             inputs=meta.inputs,
             outputs=meta.outputs,
             input_grads=meta.input_grads,

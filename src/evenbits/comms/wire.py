@@ -1,13 +1,14 @@
 """What one message between two stages looks like, and who uses which codec.
 
     frame = payload bytes ‖ trailer (8 bytes)
-    trailer = magic, flags, level, 0, sequence (4 bytes, little endian)
+    trailer = magic, flags, level, mark, sequence (4 bytes, little endian)
 
 A receiver posts its buffer before anything is sent, with the trailer set to zero. gloo accepts a message shorter than
 the buffer without a word, so a payload that was cut shows only in its missing trailer. `sequence` names step,
 microbatch, direction and slot: a message that arrives out of turn is an error, not a wrong activation. `flags` says
 that the sender could not code its tensor (comms/faults.py). `level` announces which rung of the codec ladder the
-sender will use in the NEXT step (comms/guard.py): both ends change at the same step, without a further message. Eight
+sender will use in the NEXT step (comms/guard.py): both ends change at the same step, without a further message. `mark`
+is 0, or follows from the samples of a delta-coded message (comms/visits.py): both ends must mean the same ones. Eight
 bytes per message are counted in every figure that is reported.
 """
 
@@ -140,11 +141,11 @@ def sequence_of(step: int, microbatch: int, direction: str, slot: int) -> int:
     return (step & 0xFFF) << 20 | (microbatch & 0xFFF) << 8 | (direction == BACKWARD) << 7 | (slot & 0x7F)
 
 
-def framed(payload: torch.Tensor, *, sequence: int, flags: int = 0, level: int = 0) -> torch.Tensor:
+def framed(payload: torch.Tensor, *, sequence: int, flags: int = 0, level: int = 0, mark: int = 0) -> torch.Tensor:
     """payload uint8 [n] → uint8 [n + 8], on the payload's device."""
     frame = torch.empty(payload.numel() + TRAILER, dtype=torch.uint8, device=payload.device)
     frame[:-TRAILER] = payload
-    trailer = [_MAGIC, flags, level, 0, *sequence.to_bytes(4, "little")]
+    trailer = [_MAGIC, flags, level, mark, *sequence.to_bytes(4, "little")]
     frame[-TRAILER:] = torch.tensor(trailer, dtype=torch.uint8)
     return frame
 
@@ -156,9 +157,9 @@ def blank(nbytes: int, device: torch.device) -> torch.Tensor:
     return frame
 
 
-def opened(frame: torch.Tensor, sequence: int) -> tuple[torch.Tensor, int, int]:
+def opened(frame: torch.Tensor, sequence: int, mark: int = 0) -> tuple[torch.Tensor, int, int]:
     """A received frame → payload (a view), flags, announced level. Raises FrameError if it was cut or is another."""
-    magic, flags, level, _, *rest = frame[-TRAILER:].tolist()
+    magic, flags, level, marked, *rest = frame[-TRAILER:].tolist()
     if magic != _MAGIC:
         raise FrameError(
             f"a message of {frame.numel()} bytes arrived without its end: it was cut, or the sender uses another codec "
@@ -170,6 +171,8 @@ def opened(frame: torch.Tensor, sequence: int) -> tuple[torch.Tensor, int, int]:
             f"a message arrived out of turn: {named(found)} instead of {named(sequence)}. Both ends must run the same "
             "schedule with the same number of microbatches."
         )
+    if marked != mark:
+        raise FrameError(f"{named(sequence)}: the two ends were told different samples for this message.")
     return frame[:-TRAILER], flags, level
 
 
