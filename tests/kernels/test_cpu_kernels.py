@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import cache
 
@@ -199,14 +200,13 @@ def test_codes_of_any_float(bits: list[int], affine: bool, static: bool) -> None
     assert codes.equal(expected[0]) and zero.equal(expected[2])
 
 
-@pytest.mark.parametrize("scale", [1e-42, 2.0**-126, 1e-20, 3e38, 0.0, NAN, -0.5])
+@pytest.mark.parametrize("scale", [1e-42, 2.0**-126, 1e-20, 3e38, 0.0, -0.5])
 def test_codes_with_extreme_calibrated_scales(scale: float) -> None:
     x = torch.tensor([[1.0, -1.0, 1e-40, 3e38, 0.3, -2e38, 1e-44]])
     codes, _, _ = quantize_rows(x, "int8:tensor", scale=torch.tensor([scale]))
     with use_backend("reference"):
         expected, _, _ = quantize_rows(x, "int8:tensor", scale=torch.tensor([scale]))
-    if scale == scale:
-        assert codes.equal(expected)
+    assert codes.equal(expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -276,6 +276,8 @@ def test_layouts_and_empty_inputs() -> None:
 
 
 def test_threads_do_not_change_a_bit() -> None:
+    assert LIBRARY is not None
+    assert LIBRARY.threads or sys.platform != "linux"  # else three calls in one thread would be compared
     before = torch.get_num_threads()
     for fmt in ("ovp4-flint:row", "int4:g32"):
         q, bias = _weight(700, 260, fmt), torch.randn(700)

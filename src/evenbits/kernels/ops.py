@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from evenbits.kernels import linear, matmul, quantize, weight_only
+from evenbits.kernels.checks import check_device, check_rows
 from evenbits.numerics.format import Format
 
 _library = torch.library.Library("evenbits", "DEF")
@@ -42,10 +43,12 @@ def _quantize_rows(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_rows(x, multiplier, scale, zero_point)
     return quantize.quantize_rows(x, quantize.parse_format(format), multiplier, scale, zero_point)
 
 
 def _fake_int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    check_device(a, b)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
 
 
@@ -56,12 +59,14 @@ def _fake_quantize_rows(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_device(x, multiplier, scale, zero_point)
     rows = x.numel() // x.shape[-1]
     codes = x.new_empty((rows, x.shape[-1]), dtype=torch.int8)
     return codes, x.new_empty((rows, 1), dtype=torch.float32), x.new_empty((rows, 1), dtype=torch.int32)
 
 
-def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *_: object, activation: str = "none") -> torch.Tensor:
+def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *rest: object, activation: str = "none") -> torch.Tensor:
+    check_device(x, weight, *rest)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

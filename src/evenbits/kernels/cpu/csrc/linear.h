@@ -88,7 +88,7 @@ static void quantize_task(void *context, int64_t task) {
     float *floats = eb_memory(EB_MEM_FLOATS, (size_t)(j->a->columns + 1) * sizeof(float));
     int8_t *natural = eb_memory(EB_MEM_TOTALS, (size_t)j->stride);
     if (!floats || !natural) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     for (int64_t m = task * QUANTIZE_ROWS; m < EB_MIN(j->m, (task + 1) * QUANTIZE_ROWS); m++)
@@ -229,7 +229,7 @@ static void panel_task(void *context, int64_t task) {
     float *scales = eb_memory(EB_MEM_SCALES, (size_t)(groups * (OUTPUTS + 1) + 1) * sizeof(float));
     int32_t *totals = eb_memory(EB_MEM_TOTALS, (size_t)(j->m * OUTPUTS) * sizeof(int32_t));
     if (!panel || !rest || !scales || !totals) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     for (int64_t m = 0; m < j->m; m++) fill(totals + m * OUTPUTS, a->group ? 0 : j->starts[m]);
@@ -292,7 +292,7 @@ static void codes_task(void *context, int64_t task) {
     const eb_args *a = j->a;
     float *floats = eb_memory(EB_MEM_FLOATS, (size_t)(a->columns + 1) * sizeof(float));
     if (!floats) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     for (int64_t m = task * QUANTIZE_ROWS; m < EB_MIN(a->rows, (task + 1) * QUANTIZE_ROWS); m++) {
