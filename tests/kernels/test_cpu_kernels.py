@@ -221,6 +221,36 @@ def test_int8_linear_layers(fmt: str, activation: str) -> None:
                 assert y.equal(linear_w8a8(x, weight, scale, bias, fmt, **kwargs)), (m, n, k)
 
 
+@pytest.mark.parametrize("m", [17, 32, 33, 48, 255, 256, 257, 300, 512])
+def test_many_rows_and_blocks_of_them(m: int) -> None:
+    """Rows are quantized 256 at a time: scales and zero points of later blocks are their own."""
+    for n, k in ((33, 70), (65, 2048), (64, 2176)):
+        x, bias, multiplier = torch.randn(m, k) * torch.logspace(-2, 2, m).view(-1, 1), torch.randn(n), torch.rand(k)
+        weight, scale = _codes(n, k), torch.rand(n, 1) * 0.01
+        sums = weight.sum(1, dtype=torch.int32)
+        static = {"scale": torch.tensor([0.03]), "zero_point": torch.tensor([-5], dtype=torch.int32)}
+        for fmt, words in (("int8:row", {}), ("int8:row:affine", {}), ("int8:tensor:affine", static)):
+            words = {**words, "multiplier": multiplier, "weight_sum": sums, "activation": "relu"}
+            y = linear_w8a8(x, weight, scale, bias, fmt, **words)
+            with use_backend("torch_int_mm"):
+                assert y.equal(linear_w8a8(x, weight, scale, bias, fmt, **words)), (n, k, fmt)
+    for stored in ("int4:row", "ovp4-flint:row", "ovp4-int:g128"):
+        q = _weight(33, 300, stored)
+        x = torch.randn(m, 300)
+        y = _pair(x, q)
+        with use_backend("torch_int_mm"):
+            assert y.equal(_pair(x, q)), stored
+
+
+@pytest.mark.parametrize("backend", ["torch_int_mm", "torch_fp32"])
+def test_packed_weights_by_torch(backend: str) -> None:
+    for fmt in ("int4:row", "fp4:row", "ovp4-flint:row", "ovp4-int:g16", "mxfp4", "nvfp4"):
+        q, x, bias = _weight(17, 65, fmt), torch.randn(5, 65), torch.randn(17)
+        y = _pair(x, q, bias=bias)
+        with use_backend(backend):
+            assert y.equal(_pair(x, q, bias=bias)), fmt
+
+
 @pytest.mark.parametrize("fmt", ["int8:row:affine", "int8:tensor:affine"])
 def test_affine_activations_and_packed_weights(fmt: str) -> None:
     for weight in ("ovp4-flint:row", "int4:row", "fp4:row"):

@@ -48,8 +48,8 @@ def check_int8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 def check_stored(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, global_scale: _Maybe, group: int
 ) -> None:
-    """Raises EvenbitsError unless packed rows have their scales, [O, G] with groups of `group` columns, else [O] or [1],
-    and what they are relative to, float32 [1]."""
+    """Raises EvenbitsError unless packed rows have their scales, [O, G] with groups of `group` columns, else [O] or
+    [1], and what they are relative to, float32 [1]."""
     _place("weight", weight, x.device)
     groups = -(-x.shape[-1] // group) if group else 1
     one = weight_scale.numel() == 1 and not group
