@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import cache
 
@@ -199,14 +200,13 @@ def test_codes_of_any_float(bits: list[int], affine: bool, static: bool) -> None
     assert codes.equal(expected[0]) and zero.equal(expected[2])
 
 
-@pytest.mark.parametrize("scale", [1e-42, 2.0**-126, 1e-20, 3e38, 0.0, NAN, -0.5])
+@pytest.mark.parametrize("scale", [1e-42, 2.0**-126, 1e-20, 3e38, 0.0, -0.5])
 def test_codes_with_extreme_calibrated_scales(scale: float) -> None:
     x = torch.tensor([[1.0, -1.0, 1e-40, 3e38, 0.3, -2e38, 1e-44]])
     codes, _, _ = quantize_rows(x, "int8:tensor", scale=torch.tensor([scale]))
     with use_backend("reference"):
         expected, _, _ = quantize_rows(x, "int8:tensor", scale=torch.tensor([scale]))
-    if scale == scale:
-        assert codes.equal(expected)
+    assert codes.equal(expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -219,6 +219,36 @@ def test_int8_linear_layers(fmt: str, activation: str) -> None:
             y = linear_w8a8(x, weight, scale, bias, fmt, **kwargs)
             with use_backend("reference"):
                 assert y.equal(linear_w8a8(x, weight, scale, bias, fmt, **kwargs)), (m, n, k)
+
+
+@pytest.mark.parametrize("m", [17, 32, 33, 48, 255, 256, 257, 300, 512])
+def test_many_rows_and_blocks_of_them(m: int) -> None:
+    """Rows are quantized 256 at a time: scales and zero points of later blocks are their own."""
+    for n, k in ((33, 70), (65, 2048), (64, 2176)):
+        x, bias, multiplier = torch.randn(m, k) * torch.logspace(-2, 2, m).view(-1, 1), torch.randn(n), torch.rand(k)
+        weight, scale = _codes(n, k), torch.rand(n, 1) * 0.01
+        sums = weight.sum(1, dtype=torch.int32)
+        static = {"scale": torch.tensor([0.03]), "zero_point": torch.tensor([-5], dtype=torch.int32)}
+        for fmt, words in (("int8:row", {}), ("int8:row:affine", {}), ("int8:tensor:affine", static)):
+            words = {**words, "multiplier": multiplier, "weight_sum": sums, "activation": "relu"}
+            y = linear_w8a8(x, weight, scale, bias, fmt, **words)
+            with use_backend("torch_int_mm"):
+                assert y.equal(linear_w8a8(x, weight, scale, bias, fmt, **words)), (n, k, fmt)
+    for stored in ("int4:row", "ovp4-flint:row", "ovp4-int:g128"):
+        q = _weight(33, 300, stored)
+        x = torch.randn(m, 300)
+        y = _pair(x, q)
+        with use_backend("torch_int_mm"):
+            assert y.equal(_pair(x, q)), stored
+
+
+@pytest.mark.parametrize("backend", ["torch_int_mm", "torch_fp32"])
+def test_packed_weights_by_torch(backend: str) -> None:
+    for fmt in ("int4:row", "fp4:row", "ovp4-flint:row", "ovp4-int:g16", "mxfp4", "nvfp4"):
+        q, x, bias = _weight(17, 65, fmt), torch.randn(5, 65), torch.randn(17)
+        y = _pair(x, q, bias=bias)
+        with use_backend(backend):
+            assert y.equal(_pair(x, q, bias=bias)), fmt
 
 
 @pytest.mark.parametrize("fmt", ["int8:row:affine", "int8:tensor:affine"])
@@ -276,6 +306,8 @@ def test_layouts_and_empty_inputs() -> None:
 
 
 def test_threads_do_not_change_a_bit() -> None:
+    assert LIBRARY is not None
+    assert LIBRARY.threads or sys.platform != "linux"  # else three calls in one thread would be compared
     before = torch.get_num_threads()
     for fmt in ("ovp4-flint:row", "int4:g32"):
         q, bias = _weight(700, 260, fmt), torch.randn(700)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +99,21 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(monkeypatch: pytest.Mon
     with pytest.raises(build.BuildError, match="failed:\nit broke"):
         build.build(tmp_path)
     assert list(tmp_path.iterdir()) == [compiler]
+
+
+@pytest.mark.skipif(not build._VARIANTS.get(platform.machine()), reason="no variants for this processor")
+def test_a_variant_that_does_not_compile_is_left_out_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = next(iter(build._VARIANTS[platform.machine()]))
+    sources = tmp_path / "csrc"
+    shutil.copytree(build.SOURCES, sources)
+    (sources / f"{name}.c").write_text("this is no C")
+    monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setattr(build, "_VARIANTS", {platform.machine(): {name: build._VARIANTS[platform.machine()][name]}})
+    monkeypatch.setattr(build, "_COMMON", ["-O0", *build._COMMON[2:]])
+    monkeypatch.setenv("EVENBITS_CPU_LIBRARY", str(build.build(tmp_path)))
+    assert f"the library goes without the variant {name}: " in capsys.readouterr().err
+    library = loader.status().library
+    assert library is not None
+    assert list(library.variants) == ["portable"]

@@ -51,5 +51,5 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     p = torch.full_like(t, _ERFC[0])
     for coefficient in _ERFC[1:]:
         p = p * t + coefficient
-    half = (0.5 * x) * ((p * t) * _exp(-(z * z)))
+    half = (0.5 * x) * ((p * t) * _exp(-(z * z).clamp(max=60.0)))
     return torch.where(x > 20.0, x, torch.where(x > 0, x - half, half))

@@ -16,7 +16,8 @@ import torch
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import dispatch, fused, reference
 from evenbits.kernels.activations import apply_activation, check_activation
-from evenbits.kernels.matmul import check_columns, check_shapes, int8_matmul
+from evenbits.kernels.checks import check_int8, check_outputs, check_rows, check_stored, check_sums
+from evenbits.kernels.matmul import check_shapes, int8_matmul
 from evenbits.kernels.pair_codes import PairCodes, pair_codes, pair_values
 from evenbits.kernels.quantize import fused_rows, parse_format, quantize_rows
 from evenbits.kernels.torch_int8 import exact_product
@@ -38,6 +39,9 @@ def linear_w8a8(
 ) -> torch.Tensor:
     """int8 weights; see ops.linear_w8a8."""
     fmt = parse_format(format)
+    check_int8(x, weight, weight_scale, fmt)
+    check_rows(x, multiplier, scale, zero_point)
+    check_outputs(x, len(weight), bias, weight_sum)
     _check(fmt, weight_sum, activation)
     rows = fused_rows(x, fmt, multiplier, scale, zero_point)
     if rows is not None and weight.dtype == torch.int8 and _plain(bias):
@@ -74,6 +78,10 @@ def linear_pair(
             f"(groups: symmetric activations); given {weight_format} weights and {format} activations."
         )
     _check_packed(x, weight, stored, table)
+    check_rows(x, multiplier, scale, zero_point)
+    check_stored(x, weight, weight_scale, global_scale, table.group)
+    check_outputs(x, len(weight), bias, weight_sum)
+    check_sums(x.shape[-1], fmt, wide=table.wide and not table.group)
     rows = fused_rows(x, fmt, multiplier, scale, zero_point)
     if rows is not None and _plain(bias):
         kind = fused.NIBBLES if not table.paired else fused.WIDE_PAIRS if table.wide else fused.PAIRS
@@ -120,7 +128,6 @@ def _check_packed(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, table: 
             f"{columns} columns of {fmt} take uint8 rows of {table.row_bytes} bytes; given {weight_OB.dtype} "
             f"{list(weight_OB.shape)}."
         )
-    check_columns(2 * columns if table.wide and not table.group else columns)
 
 
 def _minus_zero(

@@ -27,6 +27,8 @@ def check_shapes(a_MK: torch.Tensor, b_NK: torch.Tensor) -> None:
     """Raises EvenbitsError unless b is an int8 matrix with as many columns as a, few enough for int32 sums."""
     if b_NK.dtype != torch.int8 or a_MK.ndim != 2 or b_NK.ndim != 2 or a_MK.shape[1] != b_NK.shape[1]:
         raise _refused(a_MK, b_NK)
+    if a_MK.device != b_NK.device:
+        raise EvenbitsError(f"a lies on {a_MK.device} and b on {b_NK.device}: move one of them.")
     check_columns(a_MK.shape[1])
 
 

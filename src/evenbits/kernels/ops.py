@@ -12,9 +12,13 @@ M, T: rows (tokens), K, I: columns (input channels), N, O: output channels, G: g
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from evenbits.kernels import linear, matmul, quantize, weight_only
+from evenbits.kernels.checks import check_device, check_rows
 from evenbits.numerics.format import Format
 
 _library = torch.library.Library("evenbits", "DEF")
@@ -42,10 +46,12 @@ def _quantize_rows(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_rows(x, multiplier, scale, zero_point)
     return quantize.quantize_rows(x, quantize.parse_format(format), multiplier, scale, zero_point)
 
 
 def _fake_int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    check_device(a, b)
     return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
 
 
@@ -56,12 +62,14 @@ def _fake_quantize_rows(
     scale: torch.Tensor | None,
     zero_point: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_device(x, multiplier, scale, zero_point)
     rows = x.numel() // x.shape[-1]
     codes = x.new_empty((rows, x.shape[-1]), dtype=torch.int8)
     return codes, x.new_empty((rows, 1), dtype=torch.float32), x.new_empty((rows, 1), dtype=torch.int32)
 
 
-def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *_: object, activation: str = "none") -> torch.Tensor:
+def _fake_linear(x: torch.Tensor, weight: torch.Tensor, *rest: object, activation: str = "none") -> torch.Tensor:
+    check_device(x, weight, *rest)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -74,6 +82,20 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evenbits::{_name}", _fake, lib=_library)
+
+
+def _call(op: Callable[..., Any], kernel: Callable[..., Any], x: torch.Tensor, *rest: object) -> Any:
+    """The dispatcher is for tracing and autograd; where nothing of that goes on, a call without it is shorter."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not torch.Tensor or _traced():
+        return op(x, *rest)
+    return kernel(x, *rest)
+
+
+def _traced() -> bool:
+    """Whether a mode, a functional transform or torch.jit.trace looks on."""
+    torch_c: Any = torch._C
+    modes, transforms = torch_c._len_torch_dispatch_stack(), torch_c._functorch.peek_interpreter_stack()
+    return modes > 0 or transforms is not None or torch_c._get_tracing_state() is not None
 
 
 def int8_matmul(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
@@ -119,8 +141,19 @@ def linear_w8a8(
     type. The rest as in `quantize_rows`. The integer product is exact; the epilogue is float32 (linear.py). Raises
     EvenbitsError for shapes and types that do not fit.
     """
-    result: torch.Tensor = torch.ops.evenbits.linear_w8a8(
-        x, weight_OI, weight_scale, bias, str(fmt), multiplier, scale, zero_point, weight_sum, activation
+    result: torch.Tensor = _call(
+        torch.ops.evenbits.linear_w8a8,
+        linear.linear_w8a8,
+        x,
+        weight_OI,
+        weight_scale,
+        bias,
+        str(fmt),
+        multiplier,
+        scale,
+        zero_point,
+        weight_sum,
+        activation,
     )
     return result
 
@@ -146,7 +179,9 @@ def linear_pair(
     must be one that `pair_codes` knows; fmt: of the activations. The rest as in `linear_w8a8`. Raises EvenbitsError for
     formats, shapes and types that do not fit.
     """
-    result: torch.Tensor = torch.ops.evenbits.linear_pair(
+    result: torch.Tensor = _call(
+        torch.ops.evenbits.linear_pair,
+        linear.linear_pair,
         x,
         weight_OB,
         weight_scale,
@@ -180,7 +215,16 @@ def linear_pair_float(
     must be one that `float_codes` knows; bias: [O]; multiplier: float32 [I], applied to x first. Sums and what follows
     are float32 (weight_only.py). Raises EvenbitsError for formats, shapes and types that do not fit.
     """
-    result: torch.Tensor = torch.ops.evenbits.linear_pair_float(
-        x, weight_OB, weight_scale, global_scale, str(weight_format), bias, multiplier, activation
+    result: torch.Tensor = _call(
+        torch.ops.evenbits.linear_pair_float,
+        weight_only.linear_pair_float,
+        x,
+        weight_OB,
+        weight_scale,
+        global_scale,
+        str(weight_format),
+        bias,
+        multiplier,
+        activation,
     )
     return result

@@ -13,13 +13,12 @@ M: rows (tokens), K: columns, N, O: outputs, B: bytes of a packed row, P: rows o
 
 from __future__ import annotations
 
-from math import ceil
-
 import torch
 
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import dispatch, fused, reference
 from evenbits.kernels.activations import apply_activation, check_activation
+from evenbits.kernels.checks import check_outputs, check_rows, check_stored
 from evenbits.kernels.pair_codes import FloatCodes, float_codes
 from evenbits.kernels.quantize import parse_format
 from evenbits.numerics.format import Format
@@ -40,7 +39,10 @@ def linear_pair_float(
 ) -> torch.Tensor:
     """Packed 4-bit weights and float activations; see ops.linear_pair_float."""
     stored = parse_format(weight_format)
-    codes = _checked(x, weight, weight_scale, stored, multiplier, activation)
+    codes = _checked(x, weight, stored, activation)
+    check_rows(x, multiplier, None, None)
+    check_stored(x, weight, weight_scale, global_scale, codes.group)
+    check_outputs(x, len(weight), bias)
     kernels = dispatch.fused(x.device.type)
     if kernels is not None and _float32(bias) and _float32(x):
         packed = fused.Weight(
@@ -91,14 +93,7 @@ def _linear(x_MK: torch.Tensor, weight_PK: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x_MK, weight_PK)
 
 
-def _checked(
-    x: torch.Tensor,
-    weight_OB: torch.Tensor,
-    scale: torch.Tensor,
-    fmt: Format,
-    multiplier: torch.Tensor | None,
-    activation: str,
-) -> FloatCodes:
+def _checked(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, activation: str) -> FloatCodes:
     check_activation(activation)
     columns = x.shape[-1]
     codes = float_codes(fmt, columns)
@@ -107,18 +102,11 @@ def _checked(
             f"linear_pair_float takes symmetric 4-bit weights, one scale a row, a tensor or 8·n columns; {fmt} has "
             f"{codes}."
         )
-    if not x.is_floating_point():
-        raise EvenbitsError(f"linear_pair_float takes float activations; given {x.dtype}.")
     if weight_OB.dtype != torch.uint8 or weight_OB.ndim != 2 or weight_OB.shape[1] != codes.row_bytes:
         raise EvenbitsError(
             f"{columns} columns of {fmt} take uint8 rows of {codes.row_bytes} bytes; given {weight_OB.dtype} "
             f"{list(weight_OB.shape)}."
         )
-    groups = ceil(columns / codes.group) if codes.group else 1
-    if scale.numel() not in (1, len(weight_OB) * groups):
-        raise EvenbitsError(f"{len(weight_OB)} rows of {fmt} have {groups} scales each; given {list(scale.shape)}.")
-    if multiplier is not None and multiplier.shape != (columns,):
-        raise EvenbitsError(f"a multiplier has one number for each of {columns} columns: {list(multiplier.shape)}.")
     return codes
 
 

@@ -56,6 +56,7 @@ class QuantizedLayer(nn.Module):
     input_zero_point: torch.Tensor | None
     input_multiplier: torch.Tensor | None
     input_permutation: torch.Tensor | None
+    is_integer: bool  # whether the product runs in integers
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class QuantizedLayer(nn.Module):
         self.weight_shape = tuple(weight_shape)
         self.input_format = None if activation is None else activation.format
         check_formats(self.weight_format, self.input_format)
+        self.choose_product()
         needs_sum = self.is_integer and self.input_format is not None and not self.input_format.rule.symmetric
         buffers = {
             "weight": weight.packed.view(torch.int8) if _plain_int8(weight.format) else weight.packed,
@@ -150,12 +152,13 @@ class QuantizedLayer(nn.Module):
         """The weight's scales as float32."""
         return self.weight_scale if self.weight_scale.dtype == torch.float32 else self.qweight().scales()
 
-    @property
-    def is_integer(self) -> bool:
-        """Whether the product runs in integers: int8 activations and weights whose values are int8, one scale a row."""
+    def choose_product(self) -> None:
+        """Decides by the formats how the product runs: in integers with int8 activations and weights whose values are
+        int8, one scale a row. Once, when the layer is made: torch.compile cannot trace properties that call others of
+        the same name."""
         weight = self.weight_format
         by_rows = weight.granularity.kind in ("row", "tensor") and weight.rule.symmetric
-        return self.integer_input and by_rows and fits_int8(weight.dtype)
+        self.is_integer = self.integer_input and by_rows and fits_int8(weight.dtype)
 
     @property
     def integer_input(self) -> bool:

@@ -18,7 +18,14 @@ from evenbits.nn.base import QuantizedLayer
 
 
 class QLinear(QuantizedLayer):
-    """x [..., I] → [..., O]. Replaces nn.Linear and Hugging Face's Conv1D (whose weight is [I, O])."""
+    """x [..., I] → [..., O]. Replaces nn.Linear and Hugging Face's Conv1D (whose weight is [I, O]).
+
+    is_packed: the product runs in integers from packed 4-bit weights, in groups too (kernels/pair_codes.py).
+    is_streamed: float activations are multiplied with packed 4-bit bytes (kernels/weight_only.py).
+    """
+
+    is_packed: bool
+    is_streamed: bool
 
     @property
     def in_features(self) -> int:
@@ -32,23 +39,14 @@ class QLinear(QuantizedLayer):
         """x [..., I] in the order of the weight's columns, where that is another."""
         return x if self.input_permutation is None else x.index_select(-1, self.input_permutation.int())
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether the product runs in integers from packed 4-bit weights, in groups too (kernels/pair_codes.py)."""
+    def choose_product(self) -> None:
+        super().choose_product()
         codes, activation = pair_codes(self.weight_format, self.in_features), self.input_format
-        if codes is None or activation is None or not self.integer_input:
-            return False
-        return not codes.group or activation.rule.symmetric
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether the product runs in integers."""
-        return self.is_packed or super().is_integer
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether float activations are multiplied with the weight's packed 4-bit bytes (kernels/weight_only.py)."""
-        return not self.is_integer and not isinstance(float_codes(self.weight_format, self.in_features), str)
+        packed = codes is not None and activation is not None and self.integer_input
+        self.is_packed = packed and not (codes.group and not activation.rule.symmetric)  # type: ignore[union-attr]
+        self.is_integer = self.is_integer or self.is_packed
+        streamed = not isinstance(float_codes(self.weight_format, self.in_features), str)
+        self.is_streamed = streamed and not self.is_integer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Linear's word: it may be called by keyword
         x = self.arranged(self.checked(input))

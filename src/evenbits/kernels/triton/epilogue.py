@@ -59,7 +59,7 @@ def _gelu(x):
     p = p * t + 1.421413741
     p = p * t + -0.284496736
     p = p * t + 0.254829592
-    half = (0.5 * x) * ((p * t) * _exp(-(z * z)))
+    half = (0.5 * x) * ((p * t) * _exp(-tl.minimum(z * z, 60.0)))
     return tl.where(x > 20.0, x, tl.where(x > 0, x - half, half))
 
 

@@ -80,6 +80,9 @@ EB_INLINE float eb_float(uint32_t bits) {
     return x;
 }
 
+/* A task says that memory ran out; several may at once. */
+#define EB_FAIL(job) __atomic_store_n(&(job)->failed, 1, __ATOMIC_RELAXED)
+
 /* The next of parts of at most `most` rows that are as equal as they can be: a last part of one row would be a slow one. */
 EB_INLINE int64_t eb_even_part(int64_t rows, int64_t most) {
     int64_t parts = (rows + most - 1) / most;

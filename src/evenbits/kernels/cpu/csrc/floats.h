@@ -75,7 +75,7 @@ static void f_arrange_task(void *context, int64_t task) {
     float_job *j = context;
     float *line = eb_memory(EB_MEM_FLOATS, (size_t)(j->blocks * F_COLUMNS + 1) * sizeof(float));
     if (!line)
-        j->failed = 1;
+        EB_FAIL(j);
     else
         f_arrange(j, task, line);
 }
@@ -236,7 +236,7 @@ static void f_task(void *context, int64_t task) {
     float *sums = eb_memory(EB_MEM_TOTALS, sum_bytes);
     float *panel = eb_memory(EB_MEM_PANEL, F_PANEL * sizeof(float));
     if (!rows || !scales || !sums || !panel) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     memset(sums, 0, sum_bytes);

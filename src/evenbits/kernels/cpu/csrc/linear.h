@@ -50,6 +50,7 @@ static void rows_task(void *context, int64_t task) { (void)context, (void)task; 
 #endif
 #ifdef HAVE_THIN
 #include "thin.h"
+#include "tiles.h"
 #endif
 
 /* Codes of row m of the job, arranged, with the starts of its totals. */
@@ -88,7 +89,7 @@ static void quantize_task(void *context, int64_t task) {
     float *floats = eb_memory(EB_MEM_FLOATS, (size_t)(j->a->columns + 1) * sizeof(float));
     int8_t *natural = eb_memory(EB_MEM_TOTALS, (size_t)j->stride);
     if (!floats || !natural) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     for (int64_t m = task * QUANTIZE_ROWS; m < EB_MIN(j->m, (task + 1) * QUANTIZE_ROWS); m++)
@@ -229,7 +230,7 @@ static void panel_task(void *context, int64_t task) {
     float *scales = eb_memory(EB_MEM_SCALES, (size_t)(groups * (OUTPUTS + 1) + 1) * sizeof(float));
     int32_t *totals = eb_memory(EB_MEM_TOTALS, (size_t)(j->m * OUTPUTS) * sizeof(int32_t));
     if (!panel || !rest || !scales || !totals) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     for (int64_t m = 0; m < j->m; m++) fill(totals + m * OUTPUTS, a->group ? 0 : j->starts[m]);
@@ -257,6 +258,16 @@ static int run_block(const eb_args *a, int64_t m0, int64_t m) {
         j.direct = 1;
         j.thin = eb_memory(EB_MEM_THIN, (size_t)(m * j.stride));
         if (!j.thin) return -1;
+    }
+#endif
+#ifdef HAVE_THIN
+    if (tiles_fit(a, m)) {
+        j.thin = eb_memory(EB_MEM_THIN, (size_t)(EB_UP(m, 16) * j.stride));
+        j.rows = eb_memory(EB_MEM_ROWS, (size_t)m * sizeof(eb_row));
+        if (!j.thin || !j.rows) return -1;
+        eb_parallel(tiles_quantize, &j, (m + 15) / 16, a->threads);
+        if (!j.failed) eb_parallel(tiles_task, &j, (a->outputs + TILES_TASK - 1) / TILES_TASK, a->threads);
+        return j.failed ? -1 : 0;
     }
 #endif
     j.segment = a->group ? a->group : EB_UP(EB_MAX(a->columns, 1), quantum);
@@ -292,7 +303,7 @@ static void codes_task(void *context, int64_t task) {
     const eb_args *a = j->a;
     float *floats = eb_memory(EB_MEM_FLOATS, (size_t)(a->columns + 1) * sizeof(float));
     if (!floats) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     for (int64_t m = task * QUANTIZE_ROWS; m < EB_MIN(a->rows, (task + 1) * QUANTIZE_ROWS); m++) {

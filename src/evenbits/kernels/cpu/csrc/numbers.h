@@ -138,7 +138,9 @@ EB_INLINE float eb_gelu(float x) {
     p = p * t + 1.421413741f;
     p = p * t + -0.284496736f;
     p = p * t + 0.254829592f;
-    float half = (0.5f * x) * ((p * t) * eb_exp(-(z * z)));
+    float square = z * z;
+    square = square > 60.0f ? 60.0f : square; /* beyond, products would be subnormal: ten times slower, and no closer */
+    float half = (0.5f * x) * ((p * t) * eb_exp(-square));
     return x > 20.0f ? x : x > 0.0f ? x - half : half; /* the first for infinity */
 }
 

@@ -230,7 +230,7 @@ static void rows_task(void *context, int64_t task) {
     float *scales = eb_memory(EB_MEM_SCALES, (size_t)(8 * j->segments + 1) * sizeof(float));
     weight_rows w;
     if (!scales) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     memset(totals, 0, sizeof totals);

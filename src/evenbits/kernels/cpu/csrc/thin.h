@@ -153,7 +153,7 @@ static void thin_task(void *context, int64_t task) {
     float *scales = eb_memory(EB_MEM_SCALES, (size_t)(17 * j->segments + 1) * sizeof(float));
     thin_weights w;
     if (!scales) {
-        j->failed = 1;
+        EB_FAIL(j);
         return;
     }
     thin_configure(j->m);
