@@ -60,14 +60,16 @@ def steps_of(recipe: Recipe, task: Task) -> int:
     return recipe.epochs * max(1, len(task.train.labels) // recipe.batch) if recipe.epochs else recipe.steps
 
 
-def batch_of(examples: Examples, task: Task, recipe: Recipe, step: int) -> tuple[Inputs, torch.Tensor]:
-    """One step's inputs and classes; a replica's share of them."""
+def batch_of(
+    examples: Examples, task: Task, recipe: Recipe, step: int, device: torch.device
+) -> tuple[Inputs, torch.Tensor]:
+    """One step's inputs and classes on `device`; a replica's share of them."""
     if len(examples.labels) < recipe.batch:
         raise EvenbitsError(f"{len(examples.labels)} training examples do not fill a batch of {recipe.batch}.")
     picked = order(examples, recipe.seed, step, recipe.batch)
     if recipe.data_parallel:
         picked = picked[rank() :: world()]
-    return task.ready(tuple(x[picked] for x in examples.inputs)), examples.labels[picked]
+    return task.ready(tuple(x[picked].to(device) for x in examples.inputs)), examples.labels[picked].to(device)
 
 
 class Run:
@@ -149,7 +151,7 @@ class Run:
     def _step(self) -> float | None:
         step, recipe = self.done, self.recipe
         self.engine.set_rate(recipe.rate * (1 + math.cos(math.pi * step / self.total)) / 2)
-        inputs, classes = batch_of(self.task.train, self.task, recipe, step)
+        inputs, classes = batch_of(self.task.train, self.task, recipe, step, self.engine.device)
         # Whatever stops one rank becomes one error on all of them.
         together = one_error(self.engine.schedule) if dist.is_initialized() else nullcontext()
         with together:
@@ -159,13 +161,13 @@ class Run:
         """The signal that any rank has heard, or 0."""
         if not dist.is_initialized():
             return self.stopping
-        heard = torch.tensor(self.stopping)
+        heard = torch.tensor(self.stopping, device=self.engine.device)
         dist.all_reduce(heard, dist.ReduceOp.MAX)
         return int(heard)
 
     def _write(self, loss: float | None, seconds: float) -> None:
         """The line of a step. A loss that is not finite ends the run on all ranks."""
-        bad = torch.tensor(0 if loss is None or math.isfinite(loss) else 1)
+        bad = torch.tensor(0 if loss is None or math.isfinite(loss) else 1, device=self.engine.device)
         if dist.is_initialized():
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         if int(bad):
@@ -183,7 +185,8 @@ class Run:
         if self.done % max(1, self.total // 20) == 0 or self.done == self.total:
             left = round(pace * (self.total - self.done))
             clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            self.say(f"step {self.done}/{self.total}  loss {loss:.4f}  {pace:.3f} s/step  {clock} left")
+            codecs = self.engine.telemetry.brief()
+            self.say(f"step {self.done}/{self.total}  loss {loss:.4f}  {codecs}{pace:.3f} s/step  {clock} left")
 
     def save(self) -> None:
         """A checkpoint of all ranks."""
@@ -214,9 +217,10 @@ class Run:
         found: list[torch.Tensor] = []
         for start in range(0, len(test.labels), size):
             picked = torch.arange(start, start + size).clamp(max=len(test.labels) - 1)  # every batch has one size
-            guesses = self.engine.guesses(self.task.ready(tuple(x[picked] for x in test.inputs)))
+            stored = tuple(x[picked].to(self.engine.device) for x in test.inputs)
+            guesses = self.engine.guesses(self.task.ready(stored))
             if guesses is not None:
-                found.append(guesses)
+                found.append(guesses.cpu())
         return self.task.metric(torch.cat(found)[: len(test.labels)], test.labels) if found else None
 
 
