@@ -1,5 +1,5 @@
-"""Whether a cut lies right behind an embedding, whose output is not pruned unless asked for: there small values carry the
-words.
+"""Whether a cut lies right behind an embedding. Its output is not pruned unless asked for: there small values carry
+the words.
 
 What leaves a stage is an embedding's output if the stage holds one and, beside it, nothing that learns but norms: word,
 position and segment embeddings summed and normed are embeddings still. A linear or convolutional layer, attention or a

@@ -1,9 +1,9 @@
 """Watches the figures of outgoing lanes; warns, or climbs the codec ladder, before a codec harms training.
 
-Three signs, all measured by the sender (comms/telemetry.py): a DC ratio above its limit, of the tensor or of its worst
-channel, and a signal-to-noise ratio that falls. The ratio of the tensor misses an error that only one channel shares, or
+Signs, measured by the sender (comms/telemetry.py): a DC ratio above its limit, of the tensor or of its worst channel,
+and a signal-to-noise ratio that falls. The ratio of the tensor misses an error that only one channel shares, or
 that channels share with opposite signs; channels carry fewer elements and differ in size, hence a higher limit
-(docs/collapse.md: harmless grids reach 2 to 5, harmful ones hundreds). The third sign is slow: as the loss falls,
+(docs/collapse.md: harmless grids reach 2 to 5, harmful ones hundreds). The last sign is slow: as the loss falls,
 boundary gradients grow heavier tails, and a quantizer that was safe in the first epoch need not stay so.
 
 How both ends change codec at the same step: the sender decides at the start of step t from the figures of earlier

@@ -5,13 +5,13 @@ coherent error e, which the backward sum over N positions grows as N where noise
 
     |mean(e)| · √N / rms(g)  =  |Σe| / √Σg²         below 1 harmless; see docs/collapse.md
 
-and the same per channel, of which the largest is kept: errors that channels share, each with its own sign, cancel in the
-ratio of the whole tensor. A channel that is almost silent would make that figure large whatever its error does to
+and the same per channel, of which the largest is kept: errors that channels share, each with its own sign, cancel in
+the ratio of the whole tensor. A channel that is almost silent would make that figure large whatever its error does to
 training, so one with less than a hundredth of the mean channel's energy is measured against that hundredth.
 
-Beside them the usual figures: relative L1 and L2, signal-to-noise ratio, cosine. Shares of zeros (x = 0), of underflowed
-(x ≠ 0 became 0) and of clipped elements (|x| beyond the largest decoded magnitude) say what kind of error it is. Bytes
-are those handed to the link, trailer included. All figures pool the microbatches of one step.
+Beside them the usual figures: relative L1 and L2, signal-to-noise ratio, cosine. Shares of zeros (x = 0), of
+underflowed (x ≠ 0 became 0) and of clipped elements (|x| beyond the largest decoded magnitude) say what kind of error
+it is. Bytes are those handed to the link, trailer included. All figures pool the microbatches of one step.
 
 Measuring costs one decode and a few passes over the tensor per message; `every=10` measures every tenth step.
 """
@@ -148,8 +148,8 @@ class Sums:
 
 
 def by_channel(x: torch.Tensor) -> torch.Tensor:
-    """[C, M]: a tensor by its channels: dimension 1 of four and more (pictures), the last of two and three (tokens); one
-    channel otherwise.
+    """[C, M]: a tensor by its channels: dimension 1 of four and more (pictures), the last of two and three (tokens);
+    one channel otherwise.
     """
     if x.dim() < 2:
         return x.reshape(1, -1)
@@ -271,14 +271,15 @@ class Telemetry:
 
     def summary(self) -> str:
         """One line per lane with its newest figures."""
-        head = f"{'edge':>4} {'direction':9} {'codec':22} {'step':>6} {'bits/elt':>8} {'SNR dB':>7} {'DC':>7} {'ch. DC':>7} "
-        rows = [head + f"{'cosine':>9} {'enc ms':>7} {'dec ms':>7}"]
+        head = f"{'edge':>4} {'direction':9} {'codec':22} {'step':>6} {'bits/elt':>8} {'SNR dB':>7} {'DC':>7} "
+        rows = [head + f"{'ch. DC':>7} {'cosine':>9} {'enc ms':>7} {'dec ms':>7}"]
         for (edge, direction), f in sorted(self._last.items()):
             snr = "exact" if f.snr_db is None else f"{f.snr_db:.1f}"
             cosine = "" if f.cosine is None else f"{f.cosine:.6f}"
             rows.append(
                 f"{edge:>4} {direction:9} {f.codec:22} {f.step:>6} {f.bits_per_element:>8.2f} {snr:>7} "
-                f"{f.dc_ratio:>7.3f} {f.channel_dc:>7.2f} {cosine:>9} {1e3 * f.encode_seconds:>7.2f} {1e3 * f.decode_seconds:>7.2f}"
+                f"{f.dc_ratio:>7.3f} {f.channel_dc:>7.2f} {cosine:>9} {1e3 * f.encode_seconds:>7.2f} "
+                f"{1e3 * f.decode_seconds:>7.2f}"
             )
         return "\n".join(rows)
 

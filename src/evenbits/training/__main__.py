@@ -4,8 +4,8 @@
         --backward int8:g128 --data DIR --out RUN
 
 One process: the cuts are coded and decoded in place. Several: a pipeline with one stage each, or replicas if
---data-parallel names a codec. Data come from a folder, by default that of the environment variable EVENBITS_TEST_DATA, or
-./data; nothing is downloaded.
+--data-parallel names a codec. Data come from a folder, by default that of the environment variable
+EVENBITS_TEST_DATA, or ./data; nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def mean_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class Engine(ABC):
-    """This rank's part of the model. chain: its module; device: where it lies, and where inputs must; telemetry: of what
-    it sends; schedule: torch's or None.
+    """This rank's part of the model. chain: its module; device: where it lies, and where inputs must; telemetry: of
+    what it sends; schedule: torch's or None.
     """
 
     chain: Chain

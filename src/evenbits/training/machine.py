@@ -50,8 +50,8 @@ def device_of(given: str) -> torch.device:
     number = local if device.index is None else device.index
     if number >= gpus:
         raise EvenbitsError(
-            f"--device {given} is GPU {number} for this process, and torch sees {gpus}; use fewer processes per machine "
-            "or --device cpu."
+            f"--device {given} is GPU {number} for this process, and torch sees {gpus}; use fewer processes per "
+            "machine, or --device cpu."
         )
     return torch.device("cuda", number)
 
