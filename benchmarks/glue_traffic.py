@@ -56,8 +56,8 @@ SETTINGS = {
     "groups of 128, 4 bits": "int4:g128",
 }
 TASKS: dict[str, dict[str, Any]] = {
-    "cola": {"size": 24, "batch": 16, "steps": 250, "rate": 3e-4, "test": 0},
-    "rte": {"size": 64, "batch": 16, "steps": 200, "rate": 3e-4, "test": 800},
+    "cola": {"size": 24, "batch": 16, "steps": 250, "rate": 1e-4, "test": 0},
+    "rte": {"size": 64, "batch": 16, "steps": 240, "rate": 6e-5, "test": 800},
 }
 CUTS = ("layer3", "layer4")
 FROZEN = ("embedding", "layer0", "layer1", "layer2")
