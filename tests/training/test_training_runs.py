@@ -245,19 +245,28 @@ def test_a_killed_rank_is_one_error_on_the_other_and_the_run_continues(
 def test_a_guard_climbs_the_ladder_at_the_same_step_in_one_process_and_in_a_pipeline(
     folder: Path, tmp_path: Path
 ) -> None:
-    more = ["--forward", "int2:g128>int8:g128", "--backward", "uint4:tensor:affine:free>int8:g128", "--guard", "raise"]
-    more += ["--telemetry-every", "1"]
+    more = ["--forward", "int2:g128>int8:g128", "--backward", "uint1:tensor:affine:free>int8:g128", "--guard", "raise"]
+    more += ["--telemetry-every", "1", "--cuts", "stem"]
     assert command.main(words(folder, tmp_path / "one", *more, steps=8)) == 0
     ended(ranks(words(folder, tmp_path / "two", *more, steps=8)))
     one, two = log(tmp_path / "one"), [log(tmp_path / "two", rank) for rank in (0, 1)]
     assert [line["loss"] for line in one] == [line["loss"] for line in two[1]]
     used = [[f["codec"] for f in line["codecs"] if f["direction"] == "backward"] for line in one]
     assert used == [[f["codec"] for f in line["codecs"] if f["direction"] == "backward"] for line in two[1]]
-    assert used[0] == ["uint4:tensor:affine:free"] and used[-1] == ["int8:g128"]
+    assert used[0] == ["uint1:tensor:affine:free"] and used[-1] == ["int8:g128"]
 
 
 def test_a_guard_warns_in_one_line_and_its_state_resumes(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    more = ["--backward", "uint4:tensor:affine:free>int8:g128", "--guard", "raise", "--telemetry-every", "1"]
+    more = [
+        "--backward",
+        "uint1:tensor:affine:free>int8:g128",
+        "--guard",
+        "raise",
+        "--telemetry-every",
+        "1",
+        "--cuts",
+        "stem",
+    ]
     whole, out = words(folder, tmp_path / "whole", *more), words(folder, tmp_path / "run", *more)
     assert command.main(whole) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "harms the backward tensors of edge 0" in line]
