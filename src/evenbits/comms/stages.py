@@ -103,8 +103,9 @@ class CodecStage(PipelineStage):
     def codec_state(self) -> dict[str, Any]:
         """What a checkpoint of this stage must hold beside the module: the step and every lane's rung."""
         lanes = {f"{edge}.{direction}": lane.following for (edge, direction), lane in self.courier.lanes.items()}
-        guard = self.courier.guard
-        return {"step": self.courier.step, "lanes": lanes, "guard": {} if guard is None else guard.state()}
+        guard, telemetry = self.courier.guard, self.courier.telemetry
+        judged = {} if guard is None or telemetry is None else {"state": guard.state(), "figures": telemetry.state()}
+        return {"step": self.courier.step, "lanes": lanes, "guard": judged}
 
     def load_codec_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `codec_state`, before the first step. Raises EvenbitsError if the edges are other ones."""
@@ -117,8 +118,9 @@ class CodecStage(PipelineStage):
             wanted[name].hear(int(rung))
             wanted[name].advance()
         self.courier.step = int(state["step"])
-        if self.courier.guard is not None:
-            self.courier.guard.load(state["guard"])
+        if self.courier.guard is not None and self.courier.telemetry is not None and state["guard"]:
+            self.courier.guard.load(state["guard"]["state"])
+            self.courier.telemetry.load(state["guard"]["figures"])
 
     def bytes_sent(self) -> int:
         """Bytes this stage has handed to the link so far, trailers included."""

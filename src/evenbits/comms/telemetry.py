@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -238,6 +239,17 @@ class Telemetry:
     def last(self, edge: int, direction: str) -> Figures | None:
         """The newest figures of a lane, or None."""
         return self._last.get((edge, direction))
+
+    def state(self) -> dict[str, Any]:
+        """The newest figures of every lane, of which a guard has yet to judge those of the last step."""
+        self.close_step()
+        return {f"{edge}.{direction}": asdict(figures) for (edge, direction), figures in self._last.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        for name, figures in state.items():
+            edge, _, direction = name.partition(".")
+            self._last[int(edge), direction] = Figures(**figures)
 
     def note(self, **line: Any) -> None:
         """An extra line, such as a guard's decision."""

@@ -173,6 +173,7 @@ class Local(Engine):
             "hook": {} if self.hook is None else self.hook.state_dict(),
             "rungs": [lane.following for cut in self.cuts for lane in cut.lanes.values()],
             "guard": {} if self.guard is None else self.guard.state(),
+            "figures": {} if self.guard is None else self.telemetry.state(),
         }
 
     def load_codec_state(self, state: Mapping[str, Any]) -> None:
@@ -185,6 +186,7 @@ class Local(Engine):
             lane.hear(rung)
         if self.guard is not None:
             self.guard.load(state["guard"])
+            self.telemetry.load(state["figures"])
 
 
 class Staged(Engine):
