@@ -222,7 +222,7 @@ def test_a_killed_rank_is_one_error_on_the_other_and_the_run_continues(
     folder: Path, tmp_path: Path, more: list[str]
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "run"
-    arguments = words(folder, out, "--checkpoint-every", "2", "--timeout", "30", *more, steps=40)
+    arguments = words(folder, out, "--checkpoint-every", "2", "--timeout", "30", *more, steps=12)
     processes = ranks(arguments)
     until = time.monotonic() + 90
     while state.newest(out) is None and time.monotonic() < until:
@@ -236,7 +236,7 @@ def test_a_killed_rank_is_one_error_on_the_other_and_the_run_continues(
     assert len(errors) == 1 and "rank(s) [1] said nothing: killed, stalled or cut off" in errors[0], said
     assert "Traceback" not in said
     ended(ranks([*arguments, "--resume"]))
-    ended(ranks(words(folder, whole, "--checkpoint-every", "2", *more, steps=40)))
+    ended(ranks(words(folder, whole, "--checkpoint-every", "2", *more, steps=12)))
     for rank in (0, 1):
         same(out, whole, rank, padding=16 if more else 0)
 
