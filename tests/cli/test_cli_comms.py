@@ -1,13 +1,19 @@
-"""`evenbits comms plan` as people and scripts meet it."""
+"""`evenbits comms plan` and `evenbits comms watch` as people and scripts meet them."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from evenbits.cli import main
+from evenbits.comms.telemetry import Telemetry
+from evenbits.comms.wire import Lane
 
 BASE = ["comms", "plan", "--link", "10Mbit", "--shape", "4x16x64", "--codec", "int8:g128"]
 
@@ -90,3 +96,79 @@ def test_refusals(
 ) -> None:
     code, out, err = call(monkeypatch, capfd, *more)
     assert code == 1 and not out and says in err and err.startswith("evenbits: ")
+
+
+def traffic(path: Path, steps: range) -> None:
+    """A log as a stage between two others leaves it."""
+    telemetry = Telemetry(path)
+    for step in steps:
+        for edge, direction, spec in ((0, "backward", "int8:g16"), (1, "forward", "int4:g16")):
+            telemetry.encode(Lane(edge, direction, (spec,)), torch.randn(4, 6, 16), step=step)
+        telemetry.close_step()
+    telemetry.close()
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["evenbits", "comms", "watch", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capfd.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_a_log_is_shown_and_drawn(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log, picture = tmp_path / "figures.jsonl", tmp_path / "out.svg"
+    traffic(log, range(3))
+    code, out, _ = watch(monkeypatch, capfd, str(log), "--once", "--plot", str(picture))
+    assert code == 0 and all(word in out for word in ("int8:g16", "int4:g16", "worst channel", "encode ms"))
+    drawn = picture.read_text()
+    assert drawn.startswith("<svg") and "edge 1, forward: SNR, dB" in drawn and "DC ratio of its worst channel" in drawn
+    code, out, _ = watch(monkeypatch, capfd, str(log), "--once", "--json")
+    lanes = json.loads(out)["lanes"]
+    assert code == 0 and [(f["edge"], f["direction"], f["step"]) for f in lanes] == [
+        (0, "backward", 2),
+        (1, "forward", 2),
+    ]
+    assert lanes[0]["snr_db"] > lanes[1]["snr_db"] + 15
+
+
+def test_a_training_log_is_one_too_and_another_file_is_not(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = tmp_path / "log-rank0.jsonl"
+    traffic(log, range(1))
+    lanes = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text(json.dumps({"step": 0, "loss": 1.0, "codecs": lanes}) + "\n" + '{"step": 1, "cod')
+    code, out, _ = watch(monkeypatch, capfd, str(log), "--once", "--json")
+    assert code == 0 and json.loads(out)["lanes"] == lanes  # the line that is being written is waited for
+    log.write_text("a line\n")
+    code, _, err = watch(monkeypatch, capfd, str(log), "--once")
+    assert code == 1 and "is no log of coded traffic" in err
+    code, _, err = watch(monkeypatch, capfd, str(tmp_path / "none.jsonl"), "--once")
+    assert code == 1 and "cannot be read" in err
+    log.write_text("")
+    code, _, err = watch(monkeypatch, capfd, str(log), "--once", "--plot", str(tmp_path / "a.svg"))
+    assert code == 1 and "no figures yet" in err
+
+
+def test_a_log_is_followed_while_it_grows(tmp_path: Path) -> None:
+    log, picture = tmp_path / "figures.jsonl", tmp_path / "out.svg"
+    traffic(log, range(1))
+    words = ["-m", "evenbits", "comms", "watch", str(log), "--plot", str(picture), "--interval", "0.05"]
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(picture, "<circle", 3 * 2)
+        traffic(log, range(1, 4))
+        wait_for(picture, "<circle", 3 * 2 * 4)
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def wait_for(file: Path, word: str, count: int) -> None:
+    until = time.monotonic() + 60
+    while not file.exists() or file.read_text().count(word) < count:
+        assert time.monotonic() < until, f"{word} is not {count} times in {file.name}"
+        time.sleep(0.05)

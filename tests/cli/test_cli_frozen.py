@@ -181,6 +181,13 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--feedback": (False, False),
         "--json": (False, False),
     },
+    "comms watch": {
+        "LOG": ("required", True),
+        "--plot": (None, True),
+        "--follow/--once": (True, False),
+        "--interval": ("1.0", True),
+        "--json": (False, False),
+    },
 }
 
 

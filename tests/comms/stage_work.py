@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pipelines import BATCH, LENGTH, MICROBATCHES, WIDTH, Last, Middle, Pipeline, batch, loss_of, modules
+from pipelines import BATCH, LENGTH, MICROBATCHES, VOCABULARY, WIDTH, Last, Pipeline, batch, loss_of, modules
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
@@ -188,6 +188,8 @@ def handshake(rank: int, world: int, case: str) -> Any:
     if case == "embedding":
         options["codec"] = "top0.5+int8:g16"
     parts = modules(2)
+    if case == "embedding":
+        parts[0] = torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, WIDTH), torch.nn.LayerNorm(WIDTH))
     stage = CodecStage(parts[rank], rank, world, torch.device("cpu"), **options)
     schedule = Schedule1F1B(stage, microbatches, loss_fn=loss_of)
     ids, target = batch(0)
@@ -210,10 +212,9 @@ def stock_neighbour(rank: int, world: int) -> Any:
     line.step(*batch(0))
 
 
-def middles(rank: int, world: int) -> Any:
-    """An embedding that is not on the first stage's edge may be pruned elsewhere."""
-    parts = [Middle(), Last()]
-    stage = CodecStage(parts[rank], rank, world, torch.device("cpu"), codec="top0.5+int8:g16")
+def behind_a_layer(rank: int, world: int) -> Any:
+    """What a layer makes of an embedding may be pruned."""
+    stage = CodecStage(modules(2)[rank], rank, world, torch.device("cpu"), codec="top0.5+int8:g16")
     return stage._refuses()
 
 

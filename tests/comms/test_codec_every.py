@@ -216,6 +216,18 @@ def test_number_formats_travel_unchanged(spec: str, kind: str) -> None:
     sent(torch.zeros(0), spec)
 
 
+@pytest.mark.parametrize("spec", FORMATS)
+@settings(max_examples=5)
+@given(x=tensors())
+def test_number_formats_have_fixed_sizes_zeros_and_bounds(spec: str, x: torch.Tensor) -> None:
+    """No element is off by more than a quarter above its tensor's largest magnitude."""
+    _, y = sent(x, spec)
+    assert bool(torch.isfinite(y).all())
+    if x.numel():
+        top = float(x.double().abs().max())
+        assert float((x.double() - y.double()).abs().max()) <= 1.25 * top + 2**-120
+
+
 @pytest.mark.parametrize("spec", TOP)
 @settings(max_examples=12)
 @given(x=tensors())

@@ -45,6 +45,13 @@ def test_a_dc_ratio_above_one_climbs_one_rung_after_patience() -> None:
     assert used == [0, 0, 0] + [1] * 10
 
 
+def test_a_channel_is_enough() -> None:
+    bad = replace(PLAIN, channel_dc=40.0)
+    with pytest.warns(GuardWarning, match="DC ratio of a channel is above the limit"):
+        used = drive(Guard(act="raise", patience=2), ladder(), [bad] * 3 + [PLAIN] * 10)
+    assert used == [0, 0, 0] + [1] * 10
+
+
 def test_one_bad_step_is_not_enough() -> None:
     bad = replace(PLAIN, dc_ratio=4.0)
     with warnings.catch_warnings():
@@ -91,6 +98,13 @@ def test_state_resumes_in_the_middle_of_a_decision() -> None:
 
 
 def test_options_are_checked() -> None:
-    for wrong in ({"act": "panic"}, {"window": 0}, {"dc_limit": 0.0}, {"patience": 0}, {"drop_db": -1.0}):
+    for wrong in (
+        {"act": "panic"},
+        {"window": 0},
+        {"dc_limit": 0.0},
+        {"channel_limit": -1.0},
+        {"patience": 0},
+        {"drop_db": -1.0},
+    ):
         with pytest.raises(EvenbitsError):
             Guard(**wrong)  # type: ignore[arg-type]

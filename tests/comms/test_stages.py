@@ -104,7 +104,7 @@ def test_every_edge_and_direction_has_its_own_codec() -> None:
         ("codec", "codecs of edge 0 differ: stage 0 has int8:g16/int8:g16, stage 1 has int8:g16/int4:g16"),
         ("version", "versions of evenbits differ"),
         ("microbatches", "numbers of microbatches differ: stage 0 has 4, stage 1 has 2"),
-        ("embedding", "would prune the output of a stage that holds an embedding"),
+        ("embedding", "would prune the output of an embedding"),
     ],
 )
 def test_ends_that_do_not_fit_raise_the_same_error_on_every_rank(case: str, words: str) -> None:
@@ -119,8 +119,8 @@ def test_a_neighbour_with_another_stage_class_is_named() -> None:
     assert "stages [1] did not show their codecs within 1 s" in text
 
 
-def test_pruning_is_refused_after_embeddings_only() -> None:
-    assert values(run(stage_work.middles, 2)) == ["", ""]
+def test_pruning_is_refused_right_behind_embeddings_only() -> None:
+    assert values(run(stage_work.behind_a_layer, 2)) == ["", ""]
 
 
 def test_edges_are_spelled() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evenbits.comms.codecs import get
 from evenbits.comms.codecs.base import Meta
-from evenbits.comms.telemetry import Telemetry, error_figures
+from evenbits.comms.telemetry import Sums, Telemetry, by_channel, error_figures
 from evenbits.comms.wire import TRAILER, Lane
 from evenbits.errors import EvenbitsError
 
@@ -108,3 +108,36 @@ def test_nan_is_written_as_null_and_a_tensor_that_could_not_be_coded_not_at_all(
     telemetry.close()
     (line,) = [json.loads(text) for text in (tmp_path / "figures.jsonl").read_text().splitlines()]
     assert line["edge"] == 0 and line["relative_l2"] is None and line["messages"] == 1
+
+
+@pytest.mark.parametrize(("shape", "dimension"), [((2, 5, 3, 4), 1), ((2, 6, 5), 2), ((7, 5), 1)])
+def test_a_shared_error_of_one_channel_is_seen_though_the_tensor_has_none(
+    shape: tuple[int, ...], dimension: int
+) -> None:
+    x = torch.randn(shape)
+    e = torch.zeros(shape)
+    e.select(dimension, 1).fill_(0.5)
+    e.select(dimension, 3).fill_(-0.5)
+    sums = Sums()
+    for part in (slice(None, 1), slice(1, None)):  # microbatches are pooled
+        sums.add(x[part], x[part] + e[part])
+    f = sums.figures(0, 0, "backward", "raw")
+    mine = x.select(dimension, 1), x.select(dimension, 3)
+    assert f.dc_ratio < 1e-5
+    assert f.channel_dc == pytest.approx(max(0.5 * v.numel() / float(v.norm()) for v in mine), rel=1e-4)
+
+
+def test_a_silent_channel_does_not_make_the_ratio_infinite() -> None:
+    x = torch.randn(100, 4)
+    x[:, 2] = 0.0
+    sums = Sums()
+    sums.add(x, x + torch.tensor([0.0, 0.0, 0.01, 0.0]))
+    floor = 0.01 * float(x.square().sum()) / 4
+    assert sums.figures(0, 0, "forward", "raw").channel_dc == pytest.approx(1.0 / floor**0.5, rel=1e-4)
+
+
+def test_one_channel_has_the_ratio_of_the_tensor() -> None:
+    f = error_figures(torch.rand(100), get("int4:tensor"))
+    assert f.channel_dc == pytest.approx(f.dc_ratio) and f.dc_ratio > 0
+    assert by_channel(torch.zeros(())).shape == (1, 1) and by_channel(torch.zeros(2, 3, 4, 5, 6)).shape == (3, 240)
+    assert error_figures(torch.zeros(4, 0), get("raw")).channel_dc == 0.0

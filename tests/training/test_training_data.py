@@ -56,7 +56,7 @@ def test_a_folder_without_pictures(tmp_path: Path) -> None:
 
 
 def test_every_recipe_of_the_package_is_one() -> None:
-    assert shipped() == ["cifar10_mobilenetv2", "text_classification"]
+    assert shipped() == ["cifar10_mobilenetv2", "cifar10_mobilenetv2_full", "text_classification"]
     for name in shipped():
         assert read_recipe(name).cuts
 

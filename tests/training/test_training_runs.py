@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -215,9 +216,86 @@ def test_a_pipeline_that_diverges_ends_on_all_ranks(folder: Path, tmp_path: Path
     assert all("NaN or infinite" in text and "Traceback" not in text for text in found), found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--data-parallel", "int8:g128+ef", "--microbatches", "1"]])
+def test_a_killed_rank_is_one_error_on_the_other_and_the_run_continues(
+    folder: Path, tmp_path: Path, more: list[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    arguments = words(folder, out, "--checkpoint-every", "2", "--timeout", "30", *more, steps=12)
+    processes = ranks(arguments)
+    until = time.monotonic() + 90
+    while state.newest(out) is None and time.monotonic() < until:
+        time.sleep(0.02)
+    processes[1].kill()
+    killed = time.monotonic()
+    said = processes[0].communicate(timeout=60)[1]
+    processes[1].communicate()
+    assert processes[0].returncode == 1 and time.monotonic() - killed < 45
+    errors = [line for line in said.splitlines() if line.startswith("evenbits.training: ")]
+    assert len(errors) == 1 and "rank(s) [1] said nothing: killed, stalled or cut off" in errors[0], said
+    assert "Traceback" not in said
+    ended(ranks([*arguments, "--resume"]))
+    ended(ranks(words(folder, whole, "--checkpoint-every", "2", *more, steps=12)))
+    for rank in (0, 1):
+        same(out, whole, rank, padding=16 if more else 0)
+
+
+@pytest.mark.slow
+def test_a_guard_climbs_the_ladder_at_the_same_step_in_one_process_and_in_a_pipeline(
+    folder: Path, tmp_path: Path
+) -> None:
+    more = ["--forward", "int2:g128>int8:g128", "--backward", "uint1:tensor:affine:free>int8:g128", "--guard", "raise"]
+    more += ["--telemetry-every", "1", "--cuts", "stem"]
+    assert command.main(words(folder, tmp_path / "one", *more, steps=8)) == 0
+    ended(ranks(words(folder, tmp_path / "two", *more, steps=8)))
+    one, two = log(tmp_path / "one"), [log(tmp_path / "two", rank) for rank in (0, 1)]
+    assert [line["loss"] for line in one] == [line["loss"] for line in two[1]]
+    used = [[f["codec"] for f in line["codecs"] if f["direction"] == "backward"] for line in one]
+    assert used == [[f["codec"] for f in line["codecs"] if f["direction"] == "backward"] for line in two[1]]
+    assert used[0] == ["uint1:tensor:affine:free"] and used[-1] == ["int8:g128"]
+
+
+def test_a_guard_warns_in_one_line_and_its_state_resumes(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    more = [
+        "--backward",
+        "uint1:tensor:affine:free>int8:g128",
+        "--guard",
+        "raise",
+        "--telemetry-every",
+        "1",
+        "--cuts",
+        "stem",
+    ]
+    whole, out = words(folder, tmp_path / "whole", *more), words(folder, tmp_path / "run", *more)
+    assert command.main(whole) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "harms the backward tensors of edge 0" in line]
+    assert (
+        said and said[0].startswith("evenbits.training: codec") and "it uses 'int8:g128' from the next step" in said[0]
+    )
+    original = command.Run._step
+
+    def killed(self: Any) -> Any:
+        if self.done == 2:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.Run, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            command.main([*out, "--checkpoint-every", "2"])
+    assert command.main([*out, "--resume"]) == 0
+    same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
+        (["--forward", "int4:g128>int8:g128"], "nothing climbs the ladder int4:g128>int8:g128 without --guard raise"),
+        (["--guard", "panic"], "unknown guard"),
+        (["--guard", "warn", "--data-parallel", "int8:g128"], "a guard watches cuts"),
+        (["--device", "tpu"], "unknown device"),
+        (["--device", "cuda:99"], "torch sees"),
         (["--cuts", "blok6"], "Did you mean 'block6'"),
         (["--data-parallel", "int8:g128"], "torchrun"),
         (["--recipe", "cifar"], "unknown recipe"),
@@ -231,10 +309,57 @@ def test_wrong_options_say_what_is_allowed(
     assert says in capsys.readouterr().err
 
 
+def test_data_come_from_the_environment_or_from_here(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = words(folder, tmp_path / "run", steps=1)
+    place = given.index("--data")
+    given = given[:place] + given[place + 2 :]
+    monkeypatch.chdir(tmp_path)
+    for value in ("", str(tmp_path / "nowhere")):
+        monkeypatch.setenv("EVENBITS_TEST_DATA", value)
+        assert command.main(given) == 1
+        said = capsys.readouterr().err
+        assert "EVENBITS_TEST_DATA" in said and "./data" in said and "--data DIR" in said
+    monkeypatch.setenv("EVENBITS_TEST_DATA", str(folder))
+    assert command.main(given) == 0
+
+
 def test_a_pipeline_of_another_length_than_the_cuts_is_refused(folder: Path, tmp_path: Path) -> None:
     processes = ranks(words(folder, tmp_path / "run", "--cuts", "stem,features"))
     found = [p.communicate(timeout=120)[1] for p in processes]
     assert all(p.returncode == 1 for p in processes) and all("make 3 stages" in text for text in found)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_commands_of_the_documentation_run(test_data: Path, tmp_path: Path) -> None:
+    """Every torchrun line of docs/training.md, and the issue's own without --data, with fewer steps and examples."""
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().replace("\\\n", " ")
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("torchrun") and "[" not in line]
+    assert len(lines) >= 3
+    small = "--steps 2 --train 32 --test 8 --batch 8 --microbatches 2".split()
+    environment = {**os.environ, "EVENBITS_TEST_DATA": str(test_data), "OMP_NUM_THREADS": "1"}
+    for i, (_, *line) in enumerate(lines):
+        given = [
+            str(test_data) if word == "DIR" else str(tmp_path / f"{i}") if word == "RUN" else word for word in line
+        ]
+        size = ["--size", "32" if "cifar10" in " ".join(line) else "24"]
+        start = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d"]
+        start += ["--rdzv-endpoint", "localhost:0", *given, *small, *size]
+        done = subprocess.run(start, capture_output=True, text=True, timeout=180, check=False, env=environment)
+        assert done.returncode == 0, f"{' '.join(line)}: {done.stderr[-3000:]}"
+        assert json.loads(done.stdout.splitlines()[-1])["steps"] == 2
+
+
+@pytest.mark.data
+def test_an_embedding_is_pruned_in_one_process_only_if_that_was_asked_for(test_data: Path, capsys: Any) -> None:
+    small = "--task rte --size 24 --steps 1 --train 8 --test 8 --batch 8 --microbatches 1 --forward top0.5+int8:g128"
+    given = ["--recipe", "text_classification", "--data", str(test_data), *small.split()]
+    assert command.main([*given, "--cuts", "embedding"]) == 1
+    assert "would prune the output of an embedding" in capsys.readouterr().err
+    assert command.main([*given, "--cuts", "embedding", "--prune-embeddings"]) == 0
+    assert command.main([*given, "--cuts", "layer0"]) == 0
 
 
 @pytest.mark.data

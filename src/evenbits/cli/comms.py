@@ -1,13 +1,17 @@
-"""`evenbits comms plan`"""
+"""`evenbits comms plan` and `evenbits comms watch`"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from evenbits.cli.options import AsJson
 from evenbits.cli.output import emit, working
+
+if TYPE_CHECKING:
+    from evenbits.reporting.traffic import Log
 
 comms = typer.Typer(help="Coded traffic between the processes of a training run.", no_args_is_help=True)
 
@@ -163,3 +167,65 @@ def _show(made: dict[str, Any]) -> None:
         rows.append((o["codec"], o["bits"], *figures, verdict))
     show(table(title, columns, rows))
     show(note)
+
+
+@comms.command()
+def watch(
+    log: Annotated[Path, typer.Argument(help="JSON lines of Telemetry, or log-rank0.jsonl of a training run.")],
+    plot: Annotated[Path | None, typer.Option(help="Write a picture of SNR and DC ratios there (SVG).")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow/--once", help="Stay and follow the file until Ctrl-C, or show it once.")
+    ] = True,
+    interval: Annotated[float, typer.Option(help="Seconds between looks.", min=0.05)] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the codecs of a running training do: a live table per edge and direction."""
+    from evenbits.reporting.traffic import Log
+
+    found = Log(log)
+    found.read()
+    if as_json:
+        from evenbits.reporting.traffic import newest
+
+        _draw(found, plot)
+        emit({"lanes": newest(found)})
+    elif follow:
+        _live(found, plot, interval)
+    else:
+        from evenbits.reporting.tables import show
+
+        show(_table(found))
+        _draw(found, plot)
+
+
+def _live(log: Log, plot: Path | None, interval: float) -> None:
+    """The table, drawn again whenever the file grows; Ctrl-C ends it."""
+    import time
+
+    from rich.live import Live
+
+    _draw(log, plot if log.lanes else None)
+    try:
+        with Live(_table(log), auto_refresh=False) as shown:
+            while True:
+                time.sleep(interval)
+                if log.read():
+                    shown.update(_table(log), refresh=True)
+                    _draw(log, plot if log.lanes else None)
+    except KeyboardInterrupt:
+        return
+
+
+def _table(log: Log) -> Any:
+    from evenbits.reporting.tables import table
+    from evenbits.reporting.traffic import COLUMNS, rows
+
+    return table(str(log.path), COLUMNS, rows(log), left=3)
+
+
+def _draw(log: Log, plot: Path | None) -> None:
+    if plot is not None:
+        from evenbits.reporting.curves import svg
+        from evenbits.reporting.traffic import figure
+
+        plot.write_text(svg(figure(log)), encoding="utf-8")

@@ -1,9 +1,10 @@
 """Watches the figures of outgoing lanes; warns, or climbs the codec ladder, before a codec harms training.
 
-Two signs, both measured by the sender (comms/telemetry.py): a DC ratio above its limit, and a signal-to-noise ratio
-that falls. The second is slow: as the loss falls, boundary gradients grow heavier tails, and a quantizer that was safe
-in the first epoch need not stay so. A ratio over the whole tensor misses an error that only one channel shares
-(docs/collapse.md).
+Signs, measured by the sender (comms/telemetry.py): a DC ratio above its limit, of the tensor or of its worst channel,
+and a signal-to-noise ratio that falls. The ratio of the tensor misses an error that only one channel shares, or
+that channels share with opposite signs; channels carry fewer elements and differ in size, hence a higher limit
+(docs/collapse.md: harmless grids reach 2 to 5, harmful ones hundreds). The last sign is slow: as the loss falls,
+boundary gradients grow heavier tails, and a quantizer that was safe in the first epoch need not stay so.
 
 How both ends change codec at the same step: the sender decides at the start of step t from the figures of earlier
 steps, writes the rung of step t + 1 into the trailer of every frame of step t, and both use it from step t + 1 on. The
@@ -38,14 +39,15 @@ class _Watch:
 @dataclass
 class Guard:
     """act: "warn", or "raise" to climb the ladder too.
-    dc_limit: DC ratio that is too much.
+    dc_limit, channel_limit: DC ratio that is too much, of the tensor and of its worst channel.
     drop_db: fall of the SNR that is too much: mean of the last `window` measurements against the first `window` on
     this rung.
-    patience: measured steps with a DC ratio above the limit, one after the other, before the guard acts.
+    patience: measured steps with a DC ratio above its limit, one after the other, before the guard acts.
     """
 
     act: str = "warn"
     dc_limit: float = 1.0
+    channel_limit: float = 10.0
     drop_db: float = 3.0
     window: int = 8
     patience: int = 2
@@ -55,8 +57,8 @@ class Guard:
     def __post_init__(self) -> None:
         if self.act not in ("warn", "raise"):
             raise EvenbitsError(f"a guard's act is 'warn' or 'raise'; given {self.act!r}.")
-        if self.window < 1 or self.patience < 1 or self.dc_limit <= 0 or self.drop_db <= 0:
-            raise EvenbitsError(f"window and patience are at least 1, dc_limit and drop_db above 0; given {self}.")
+        if self.window < 1 or self.patience < 1 or min(self.dc_limit, self.channel_limit, self.drop_db) <= 0:
+            raise EvenbitsError(f"window and patience are at least 1, limits and drop_db above 0; given {self}.")
 
     def rung(self, lane: Lane, figures: Figures | None) -> int:
         """The rung `lane` shall use in the step after this one; called once per step by the sender."""
@@ -80,12 +82,13 @@ class Guard:
 
     def _reason(self, lane: Lane, watch: _Watch, figures: Figures) -> str:
         key = (lane.edge, lane.direction)
-        self._high[key] = self._high.get(key, 0) + 1 if figures.dc_ratio > self.dc_limit else 0
+        whole, channel = figures.dc_ratio > self.dc_limit, figures.channel_dc > self.channel_limit
+        self._high[key] = self._high.get(key, 0) + 1 if whole or channel else 0
         if figures.snr_db is not None:
             watch.snr.append(figures.snr_db)
             del watch.snr[self.window : -self.window]  # The first window is the reference, the last one is now.
         if self._high[key] >= self.patience:
-            return "its DC ratio is above the limit"
+            return "its DC ratio is above the limit" if whole else "the DC ratio of a channel is above the limit"
         if len(watch.snr) == 2 * self.window:
             first, now = sum(watch.snr[: self.window]), sum(watch.snr[-self.window :])
             if first - now > self.drop_db * self.window:

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
-from evenbits.comms.codecs import get
 from evenbits.comms.courier import Courier
+from evenbits.comms.embeddings import refusal
 from evenbits.comms.faults import desk_of
 from evenbits.comms.guard import Guard
 from evenbits.comms.handshake import Card, card, shake
@@ -68,8 +68,8 @@ class CodecStage(PipelineStage):
         both at once.
 
     Before the first step all stages compare codecs, versions and shapes and raise AgreedError together if they
-    differ; an edge that would prune the output of an embedding is refused there too unless `Edge.prune_embeddings` is
-    set.
+    differ; an edge that would prune the output of an embedding (comms/embeddings.py) is refused there too unless
+    `Edge.prune_embeddings` is set.
     """
 
     def __init__(
@@ -107,8 +107,9 @@ class CodecStage(PipelineStage):
     def codec_state(self) -> dict[str, Any]:
         """What a checkpoint of this stage must hold beside the module: the step and every lane's rung."""
         lanes = {f"{edge}.{direction}": lane.following for (edge, direction), lane in self.courier.lanes.items()}
-        guard = self.courier.guard
-        state = {"step": self.courier.step, "lanes": lanes, "guard": {} if guard is None else guard.state()}
+        guard, telemetry = self.courier.guard, self.courier.telemetry
+        judged = {} if guard is None or telemetry is None else {"state": guard.state(), "figures": telemetry.state()}
+        state = {"step": self.courier.step, "lanes": lanes, "guard": judged}
         visits = self.courier.visits
         return state if visits is None else {**state, "delta": visits.state()}
 
@@ -123,8 +124,9 @@ class CodecStage(PipelineStage):
             wanted[name].hear(int(rung))
             wanted[name].advance()
         self.courier.step = int(state["step"])
-        if self.courier.guard is not None:
-            self.courier.guard.load(state["guard"])
+        if self.courier.guard is not None and self.courier.telemetry is not None and state["guard"]:
+            self.courier.guard.load(state["guard"]["state"])
+            self.courier.telemetry.load(state["guard"]["figures"])
         if self.courier.visits is not None:
             self.courier.visits.load(state.get("delta", {}))
 
@@ -312,16 +314,7 @@ class CodecStage(PipelineStage):
         if any(hasattr(m, "placements") for m in metas):
             return "DTensor activations cannot be coded; give the stage local tensors"
         edge = self.edges.get(0) if self.is_first else None
-        embeds = any(isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag)) for m in self.submod.modules())
-        if edge is None or edge.prune_embeddings or not embeds:
-            return ""
-        prunes = [spec for spec in edge.forward if get(spec).keeps_mask]
-        if not prunes:
-            return ""
-        return (
-            f"codec {prunes[0]!r} would prune the output of a stage that holds an embedding, where small values carry "
-            "the words; use a dense codec on edge 0, or ask for it with Edge(..., prune_embeddings=True)"
-        )
+        return "" if edge is None or edge.prune_embeddings else refusal(self.submod, edge.forward)
 
 
 def _ahead(given: int | str | None, backend: str) -> int | None:

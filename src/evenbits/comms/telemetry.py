@@ -5,9 +5,13 @@ coherent error e, which the backward sum over N positions grows as N where noise
 
     |mean(e)| · √N / rms(g)  =  |Σe| / √Σg²         below 1 harmless; see docs/collapse.md
 
-beside the usual figures: relative L1 and L2, signal-to-noise ratio, cosine. Shares of zeros (x = 0), of underflowed
-(x ≠ 0 became 0) and of clipped elements (|x| beyond the largest decoded magnitude) say what kind of error it is. Bytes
-are those handed to the link, trailer included. All figures pool the microbatches of one step.
+and the same per channel, of which the largest is kept: errors that channels share, each with its own sign, cancel in
+the ratio of the whole tensor. A channel that is almost silent would make that figure large whatever its error does to
+training, so one with less than a hundredth of the mean channel's energy is measured against that hundredth.
+
+Beside them the usual figures: relative L1 and L2, signal-to-noise ratio, cosine. Shares of zeros (x = 0), of
+underflowed (x ≠ 0 became 0) and of clipped elements (|x| beyond the largest decoded magnitude) say what kind of error
+it is. Bytes are those handed to the link, trailer included. All figures pool the microbatches of one step.
 
 Measuring costs one decode and a few passes over the tensor per message; `every=10` measures every tenth step.
 """
@@ -17,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,12 +32,15 @@ from evenbits.comms.codecs.base import Codec, Meta
 from evenbits.comms.wire import TRAILER, Lane
 from evenbits.errors import EvenbitsError
 
+_SILENT = 0.01  # of the mean channel's energy
 _CLIPPED = 1.01  # Scales are rounded to bfloat16: a decoded maximum may lie half a per cent below the true one.
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One lane in one step. snr_db is None where the decoded tensor is exact, and where the tensor is all zero."""
+    """One lane in one step. snr_db is None where the decoded tensor is exact, and where the tensor is all zero;
+    channel_dc is the DC ratio of the worst channel (`by_channel`).
+    """
 
     step: int
     edge: int
@@ -45,6 +53,7 @@ class Figures:
     snr_db: float | None
     cosine: float | None
     dc_ratio: float
+    channel_dc: float
     zeros: float
     clipped: float
     underflowed: float
@@ -76,9 +85,11 @@ class Sums:
     bits: float = 0.0
     encode: float = 0.0
     decode: float = 0.0
+    channels: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """The error of y against x, same shape; sums in double precision."""
+        self._add_channels(x.detach(), y)
         x, y = x.detach().flatten().float(), y.flatten().float()
         e = y - x
         total = [x.abs().sum(dtype=torch.double), e.abs().sum(dtype=torch.double)]
@@ -92,6 +103,23 @@ class Sums:
             setattr(self, name, getattr(self, name) + value)
         self.n += x.numel()
         self.messages += 1
+
+    def _add_channels(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Error and energy per channel, double [2, C], kept on the tensor's device."""
+        x_CM, y_CM = by_channel(x.float()), by_channel(y.float())
+        both = torch.stack([(y_CM - x_CM).sum(1, dtype=torch.double), x_CM.square().sum(1, dtype=torch.double)])
+        for i, found in enumerate(self.channels):
+            if found.shape == both.shape:  # Tensors of several widths on one lane keep their own channels.
+                self.channels[i] = found + both
+                return
+        self.channels.append(both)
+
+    def _channel_dc(self) -> float:
+        ratios = [0.0]
+        for e_C, xx_C in self.channels:
+            if e_C.numel():
+                ratios.append(float((e_C.abs() / xx_C.clamp(min=_SILENT * float(xx_C.mean()) + 1e-300).sqrt()).max()))
+        return max(ratios)
 
     def figures(self, step: int, edge: int, direction: str, codec: str) -> Figures:
         """The sums as figures."""
@@ -108,6 +136,7 @@ class Sums:
             snr_db=10 * math.log10(self.xx / self.ee) if self.ee > 0 and self.xx > 0 else None,
             cosine=self.xy / math.sqrt(self.xx * self.yy) if self.xx * self.yy > 0 else None,
             dc_ratio=abs(self.e) / math.sqrt(max(self.xx, tiny)),
+            channel_dc=self._channel_dc(),
             zeros=self.zeros / n,
             clipped=self.clipped / n,
             underflowed=self.underflowed / n,
@@ -117,6 +146,15 @@ class Sums:
             encode_seconds=self.encode,
             decode_seconds=self.decode,
         )
+
+
+def by_channel(x: torch.Tensor) -> torch.Tensor:
+    """[C, M]: a tensor by its channels: dimension 1 of four and more (pictures), the last of two and three (tokens);
+    one channel otherwise.
+    """
+    if x.dim() < 2:
+        return x.reshape(1, -1)
+    return x.movedim(1 if x.dim() > 3 else -1, 0).flatten(1)
 
 
 def error_figures(x: torch.Tensor, codec: Codec) -> Figures:
@@ -202,6 +240,17 @@ class Telemetry:
         """The newest figures of a lane, or None."""
         return self._last.get((edge, direction))
 
+    def state(self) -> dict[str, Any]:
+        """The newest figures of every lane, of which a guard has yet to judge those of the last step."""
+        self.close_step()
+        return {f"{edge}.{direction}": asdict(figures) for (edge, direction), figures in self._last.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        for name, figures in state.items():
+            edge, _, direction = name.partition(".")
+            self._last[int(edge), direction] = Figures(**figures)
+
     def note(self, **line: Any) -> None:
         """An extra line, such as a guard's decision."""
         self._write(line)
@@ -222,16 +271,27 @@ class Telemetry:
             self._file.close()
             self._file = None
 
+    def brief(self) -> str:
+        """The worst of the newest figures in a few words and two spaces, or nothing without any."""
+        if not self._last:
+            return ""
+        figures = list(self._last.values())
+        ratios = [f.snr_db for f in figures if f.snr_db is not None]
+        snr = f"SNR {min(ratios):.1f} dB" if ratios else "exact"
+        dc, channel = max(f.dc_ratio for f in figures), max(f.channel_dc for f in figures)
+        return f"{snr}, DC {dc:.2f} (a channel {channel:.2f})  "
+
     def summary(self) -> str:
         """One line per lane with its newest figures."""
         head = f"{'edge':>4} {'direction':9} {'codec':22} {'step':>6} {'bits/elt':>8} {'SNR dB':>7} {'DC':>7} "
-        rows = [head + f"{'cosine':>9} {'enc ms':>7} {'dec ms':>7}"]
+        rows = [head + f"{'ch. DC':>7} {'cosine':>9} {'enc ms':>7} {'dec ms':>7}"]
         for (edge, direction), f in sorted(self._last.items()):
             snr = "exact" if f.snr_db is None else f"{f.snr_db:.1f}"
             cosine = "" if f.cosine is None else f"{f.cosine:.6f}"
             rows.append(
                 f"{edge:>4} {direction:9} {f.codec:22} {f.step:>6} {f.bits_per_element:>8.2f} {snr:>7} "
-                f"{f.dc_ratio:>7.3f} {cosine:>9} {1e3 * f.encode_seconds:>7.2f} {1e3 * f.decode_seconds:>7.2f}"
+                f"{f.dc_ratio:>7.3f} {f.channel_dc:>7.2f} {cosine:>9} {1e3 * f.encode_seconds:>7.2f} "
+                f"{1e3 * f.decode_seconds:>7.2f}"
             )
         return "\n".join(rows)
 

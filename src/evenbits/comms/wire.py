@@ -54,7 +54,8 @@ class Edge:
     """The codecs between stage i and stage i + 1, each direction on its own.
 
     forward, backward: ladders, lowest first; without a guard only the first rung is used.
-    prune_embeddings: whether a codec that prunes may cut the output of a first stage that holds an embedding.
+    prune_embeddings: whether a codec that prunes may cut a first stage that ends in its embedding
+        (comms/embeddings.py).
     """
 
     forward: tuple[str, ...]

@@ -11,30 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenbits.comms.codecs import get
 from evenbits.comms.codecs.base import Meta
-from evenbits.comms.telemetry import Direct, Telemetry
-from evenbits.comms.wire import BACKWARD, FORWARD, TRAILER
+from evenbits.comms.guard import Guard
+from evenbits.comms.telemetry import Telemetry
+from evenbits.comms.wire import BACKWARD, FORWARD, TRAILER, Edge, Lane
 
 
 class FakeCut(nn.Module):
     """Codes the floating-point tensors that pass, and the gradients that come back.
 
-    edge: its number among the cuts, from 0. forward_codec, backward_codec: spellings.
+    index: its number among the cuts, from 0. edge: the codecs, or ladders of them. guard: climbs the ladders, or warns,
+    from the telemetry's figures; it decides one step ahead, as between two stages.
+    device: where the tensors lie that pass.
     step: set by whoever runs the steps; stochastic codecs and telemetry follow it.
     bytes: of the messages that a pipeline would have sent so far.
     """
 
-    def __init__(self, edge: int, forward_codec: str, backward_codec: str, telemetry: Telemetry | None) -> None:
+    def __init__(
+        self, index: int, edge: Edge, telemetry: Telemetry | None, guard: Guard | None, device: torch.device
+    ) -> None:
         super().__init__()
-        self.lanes = {d: Direct(get(c), edge, d) for d, c in ((FORWARD, forward_codec), (BACKWARD, backward_codec))}
-        self.telemetry, self.edge, self.step, self.bytes = telemetry, edge, 0, 0
-        self._generator = torch.Generator()
+        self.lanes = {d: Lane(index, d, specs) for d, specs in ((FORWARD, edge.forward), (BACKWARD, edge.backward))}
+        self.telemetry, self.guard, self.index, self.step, self.bytes = telemetry, guard, index, 0, 0
+        self._generator = torch.Generator(device)
 
     def begin(self, step: int) -> None:
-        """A step begins."""
+        """A step begins: what was decided in the last one comes into use, and the guard decides about the next."""
         self.step = step
-        self._generator.manual_seed(step << 20 | self.edge)
+        self._generator.manual_seed(step << 20 | self.index)
+        self.advance()
+        for lane in self.lanes.values():
+            if self.guard is not None and self.telemetry is not None:
+                lane.following = self.guard.rung(lane, self.telemetry.last(self.index, lane.direction))
+
+    def advance(self) -> None:
+        """Rungs that were announced come into use."""
+        for lane in self.lanes.values():
+            lane.advance()
 
     def forward(self, *given: Tensor) -> Any:
         """The same tensors, the floating-point ones coded and decoded."""

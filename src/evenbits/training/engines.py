@@ -19,7 +19,9 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from torch.nn import functional as F
 
 from evenbits.comms.ddp import QuantizedReduce
+from evenbits.comms.embeddings import refusal
 from evenbits.comms.feedback import ErrorFeedback
+from evenbits.comms.guard import Guard
 from evenbits.comms.stages import CodecStage
 from evenbits.comms.telemetry import Telemetry
 from evenbits.errors import EvenbitsError
@@ -27,6 +29,7 @@ from evenbits.training.chain import Chain, boundaries, stages
 from evenbits.training.cuts import FakeCut
 from evenbits.training.recipe import Recipe
 
+CPU = torch.device("cpu")
 SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 Inputs = tuple[Tensor, ...]
 
@@ -37,9 +40,12 @@ def mean_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class Engine(ABC):
-    """This rank's part of the model. chain: its module; telemetry: of what it sends; schedule: torch's or None."""
+    """This rank's part of the model. chain: its module; device: where it lies, and where inputs must; telemetry: of
+    what it sends; schedule: torch's or None.
+    """
 
     chain: Chain
+    device: torch.device
     optimizer: torch.optim.Optimizer
     telemetry: Telemetry
     schedule: Any = None
@@ -71,6 +77,7 @@ class Engine(ABC):
             "optimizer": self.optimizer.state_dict(),
             "codecs": self.codec_state(),
             "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -79,6 +86,8 @@ class Engine(ABC):
         self.optimizer.load_state_dict(state["optimizer"])
         self.load_codec_state(state["codecs"])
         torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"], self.device)
 
     def set_rate(self, rate: float) -> None:
         """The learning rate of the next step."""
@@ -97,15 +106,20 @@ class Local(Engine):
     whose gradients are coded (comms/ddp.py). BatchNorm's statistics are each replica's own, and rank 0's are kept.
     """
 
-    def __init__(self, recipe: Recipe, parts: Mapping[str, nn.Module], telemetry: Telemetry) -> None:
-        self.recipe, self.telemetry = recipe, telemetry
-        self.cuts = [FakeCut(i, recipe.forward, recipe.backward, telemetry) for i in range(len(recipe.cuts))]
+    def __init__(
+        self, recipe: Recipe, parts: Mapping[str, nn.Module], telemetry: Telemetry, device: torch.device = CPU
+    ) -> None:
+        self.recipe, self.telemetry, self.device = recipe, telemetry, device
+        self.guard, edge, pieces = guard_of(recipe), recipe.edge, stages(parts, recipe.cuts)
+        if recipe.cuts and not edge.prune_embeddings and (why := refusal(Chain(pieces[0]), edge.forward)):
+            raise EvenbitsError(f"cut {recipe.cuts[0]!r}: {why}.")
+        self.cuts = [FakeCut(i, edge, telemetry, self.guard, device) for i in range(len(recipe.cuts))]
         whole: dict[str, nn.Module] = {}
-        for i, stage in enumerate(stages(parts, recipe.cuts)):
+        for i, stage in enumerate(pieces):
             whole.update(stage)
             if i < len(self.cuts):
                 whole[f"cut{i}"] = self.cuts[i]
-        self.chain = Chain(whole)
+        self.chain = Chain(whole).to(device)
         self.optimizer = _optimizer(recipe, self.chain)
         self.model: Any = self.chain
         self.hook: QuantizedReduce | None = None
@@ -141,6 +155,8 @@ class Local(Engine):
     def guesses(self, inputs: Inputs) -> Tensor:
         """Forward codecs included, since a pipeline would use them too."""
         self.chain.eval()
+        for cut in self.cuts:
+            cut.advance()
         logits = [
             self.chain(*given) for given in zip(*(x.chunk(self.recipe.microbatches) for x in inputs), strict=True)
         ]
@@ -151,38 +167,58 @@ class Local(Engine):
         return self._before + (sum(cut.bytes for cut in self.cuts) if self.hook is None else self.hook.bytes_sent)
 
     def codec_state(self) -> dict[str, Any]:
-        """Bytes so far, and the hook's errors."""
-        return {"bytes": self.bytes_sent(), "hook": {} if self.hook is None else self.hook.state_dict()}
+        """Bytes so far, the hook's errors, rungs and what the guard has seen."""
+        return {
+            "bytes": self.bytes_sent(),
+            "hook": {} if self.hook is None else self.hook.state_dict(),
+            "rungs": [lane.following for cut in self.cuts for lane in cut.lanes.values()],
+            "guard": {} if self.guard is None else self.guard.state(),
+            "figures": {} if self.guard is None else self.telemetry.state(),
+        }
 
     def load_codec_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `codec_state`."""
         self._before = state["bytes"]
         if self.hook is not None:
             self.hook.load_state_dict(state["hook"])
+        lanes = [lane for cut in self.cuts for lane in cut.lanes.values()]
+        for lane, rung in zip(lanes, state["rungs"], strict=True):
+            lane.hear(rung)
+        if self.guard is not None:
+            self.guard.load(state["guard"])
+            self.telemetry.load(state["figures"])
 
 
 class Staged(Engine):
     """One stage of a pipeline; as many ranks as stages."""
 
-    def __init__(self, recipe: Recipe, parts: Mapping[str, nn.Module], telemetry: Telemetry, example: Inputs) -> None:
-        self.recipe, self.telemetry, self.rank = recipe, telemetry, dist.get_rank()
+    def __init__(
+        self,
+        recipe: Recipe,
+        parts: Mapping[str, nn.Module],
+        telemetry: Telemetry,
+        example: Inputs,
+        device: torch.device = CPU,
+    ) -> None:
+        self.recipe, self.telemetry, self.rank, self.device = recipe, telemetry, dist.get_rank(), device
         chains = [Chain(part) for part in stages(parts, recipe.cuts)]
         if dist.get_world_size() != len(chains):
             raise EvenbitsError(
                 f"{len(recipe.cuts)} cuts ({', '.join(recipe.cuts)}) make {len(chains)} stages, one per process; there "
                 f"are {dist.get_world_size()} processes. Change --nproc-per-node or --cuts."
             )
-        micro = tuple(x[: recipe.batch // recipe.microbatches] for x in example)
-        shapes = boundaries(chains, micro)
-        self.chain = chains[self.rank]
+        micro = tuple(x[: recipe.batch // recipe.microbatches].cpu() for x in example)
+        shapes = [tuple(_like(x, device) for x in tensors) for tensors in boundaries(chains, micro)]
+        self.chain = chains[self.rank].to(device)
         self.optimizer = _optimizer(recipe, self.chain)
         self.stage = CodecStage(
             self.chain,
             self.rank,
             len(chains),
-            torch.device("cpu"),
-            codec=f"{recipe.forward}/{recipe.backward}",
+            device,
+            codec=recipe.edge,
             telemetry=telemetry,
+            guard=guard_of(recipe),
             input_args=shapes[self.rank],
             output_args=shapes[self.rank + 1],
         )
@@ -211,7 +247,7 @@ class Staged(Engine):
             self.schedule.eval(*(inputs if self.stage.is_first else ()))
             return None
         # torch computes a loss in evaluation too; the classes it compares with are of no consequence.
-        logits = self.schedule.eval(target=torch.zeros(self.recipe.batch, dtype=torch.long))
+        logits = self.schedule.eval(target=torch.zeros(self.recipe.batch, dtype=torch.long, device=self.device))
         return torch.as_tensor(logits).argmax(1)
 
     def bytes_sent(self) -> int:
@@ -226,6 +262,16 @@ class Staged(Engine):
         """Continue from `codec_state`."""
         self._before = state["bytes"]
         self.stage.load_codec_state(state["stage"])
+
+
+def guard_of(recipe: Recipe) -> Guard | None:
+    """The guard that a recipe asks for."""
+    return Guard(act=recipe.guard) if recipe.guard else None
+
+
+def _like(x: Tensor, device: torch.device) -> Tensor:
+    """An example tensor of a stage's boundary, on its device."""
+    return torch.zeros_like(x, device=device).requires_grad_(x.requires_grad)
 
 
 def _scale(chain: nn.Module, count: int) -> None:

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,16 @@ def steps_of(recipe: Recipe, task: Task) -> int:
     return recipe.epochs * max(1, len(task.train.labels) // recipe.batch) if recipe.epochs else recipe.steps
 
 
-def batch_of(examples: Examples, task: Task, recipe: Recipe, step: int) -> tuple[Inputs, torch.Tensor]:
-    """One step's inputs and classes; a replica's share of them."""
+def batch_of(
+    examples: Examples, task: Task, recipe: Recipe, step: int, device: torch.device
+) -> tuple[Inputs, torch.Tensor]:
+    """One step's inputs and classes on `device`; a replica's share of them."""
     if len(examples.labels) < recipe.batch:
         raise EvenbitsError(f"{len(examples.labels)} training examples do not fill a batch of {recipe.batch}.")
     picked = order(examples, recipe.seed, step, recipe.batch)
     if recipe.data_parallel:
         picked = picked[rank() :: world()]
-    return task.ready(tuple(x[picked] for x in examples.inputs)), examples.labels[picked]
+    return task.ready(tuple(x[picked].to(device) for x in examples.inputs)), examples.labels[picked].to(device)
 
 
 class Run:
@@ -91,8 +93,7 @@ class Run:
         note, last = self.out / "run.json", state.newest(self.out)
         if note.exists():
             self._same(json.loads(note.read_text(encoding="utf-8")), resume)
-        if dist.is_initialized():
-            dist.barrier()  # No rank may find what rank 0 writes now.
+        self._meet()  # No rank may find what rank 0 writes now.
         if rank() == 0 and not note.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
@@ -149,26 +150,35 @@ class Run:
     def _step(self) -> float | None:
         step, recipe = self.done, self.recipe
         self.engine.set_rate(recipe.rate * (1 + math.cos(math.pi * step / self.total)) / 2)
-        inputs, classes = batch_of(self.task.train, self.task, recipe, step)
-        # Whatever stops one rank becomes one error on all of them.
-        together = one_error(self.engine.schedule) if dist.is_initialized() else nullcontext()
-        with together:
+        inputs, classes = batch_of(self.task.train, self.task, recipe, step, self.engine.device)
+        with self._together():
             return self.engine.step(step, inputs, classes)
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Whatever stops one rank becomes one error on all of them."""
+        return one_error(self.engine.schedule) if dist.is_initialized() else nullcontext()
+
+    def _meet(self) -> None:
+        if dist.is_initialized():
+            with self._together():
+                dist.barrier()
+
+    def _largest(self, number: int) -> int:
+        """Of all ranks' numbers."""
+        if not dist.is_initialized():
+            return number
+        found = torch.tensor(number, device=self.engine.device)
+        with self._together():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            return int(found)
 
     def _agreed(self) -> int:
         """The signal that any rank has heard, or 0."""
-        if not dist.is_initialized():
-            return self.stopping
-        heard = torch.tensor(self.stopping)
-        dist.all_reduce(heard, dist.ReduceOp.MAX)
-        return int(heard)
+        return self._largest(self.stopping)
 
     def _write(self, loss: float | None, seconds: float) -> None:
         """The line of a step. A loss that is not finite ends the run on all ranks."""
-        bad = torch.tensor(0 if loss is None or math.isfinite(loss) else 1)
-        if dist.is_initialized():
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if int(bad):
+        if self._largest(0 if loss is None or math.isfinite(loss) else 1):
             raise diverged(self.done, self.recipe)
         if self.out is None:
             return
@@ -183,7 +193,8 @@ class Run:
         if self.done % max(1, self.total // 20) == 0 or self.done == self.total:
             left = round(pace * (self.total - self.done))
             clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            self.say(f"step {self.done}/{self.total}  loss {loss:.4f}  {pace:.3f} s/step  {clock} left")
+            codecs = self.engine.telemetry.brief()
+            self.say(f"step {self.done}/{self.total}  loss {loss:.4f}  {codecs}{pace:.3f} s/step  {clock} left")
 
     def save(self) -> None:
         """A checkpoint of all ranks."""
@@ -191,8 +202,7 @@ class Run:
             return
         folder = state.folder_of(self.out, self.done)
         state.write(folder / f"rank{rank()}.safetensors", {"step": self.done, "engine": self.engine.state()})
-        if dist.is_initialized():
-            dist.barrier()
+        self._meet()
         if rank() == 0:
             state.complete(folder)
 
@@ -214,9 +224,11 @@ class Run:
         found: list[torch.Tensor] = []
         for start in range(0, len(test.labels), size):
             picked = torch.arange(start, start + size).clamp(max=len(test.labels) - 1)  # every batch has one size
-            guesses = self.engine.guesses(self.task.ready(tuple(x[picked] for x in test.inputs)))
+            stored = tuple(x[picked].to(self.engine.device) for x in test.inputs)
+            with self._together():
+                guesses = self.engine.guesses(self.task.ready(stored))
             if guesses is not None:
-                found.append(guesses)
+                found.append(guesses.cpu())
         return self.task.metric(torch.cat(found)[: len(test.labels)], test.labels) if found else None
 
 

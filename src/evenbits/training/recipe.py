@@ -25,17 +25,21 @@ from typing import Any
 import yaml
 
 from evenbits.comms.codecs import get
+from evenbits.comms.wire import Edge
 from evenbits.errors import EvenbitsError, unknown_name
 
 TASKS = ("cifar10", "cola", "rte")
 SCHEDULES = ("1f1b", "gpipe")
+GUARDS = ("", "warn", "raise")
 OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One run. forward, backward: codecs of every cut, each direction on its own; data_parallel: codec of gradients
-    between replicas, "+ef" for error feedback, empty for none. epochs: instead of steps, 0 for none.
+    between replicas, "+ef" for error feedback, empty for none. epochs: instead of steps, 0 for none. guard: warn, or
+    raise to climb ladders such as "int4:g128>int8:g128" (comms/guard.py), empty for none. prune_embeddings: whether a
+    codec that prunes may cut right behind an embedding (comms/embeddings.py).
     """
 
     task: str = "cifar10"
@@ -43,6 +47,8 @@ class Recipe:
     cuts: tuple[str, ...] = ()
     forward: str = "raw"
     backward: str = "raw"
+    guard: str = ""
+    prune_embeddings: bool = False
     schedule: str = "1f1b"
     data_parallel: str = ""
     batch: int = 32
@@ -70,8 +76,22 @@ class Recipe:
             raise EvenbitsError(
                 f"a batch of {self.batch} cannot be cut into {self.microbatches} microbatches of one size."
             )
-        for spec in (self.forward, self.backward, self.replica_codec):
-            get(spec)
+        if self.guard not in GUARDS:
+            raise unknown_name("guard", self.guard, [name for name in GUARDS if name])
+        if self.guard and self.data_parallel:
+            raise EvenbitsError(
+                "a guard watches cuts, and replicas would decide each for itself; leave one of them out."
+            )
+        get(self.replica_codec)
+        ladder = next((rungs for rungs in (self.edge.forward, self.edge.backward) if len(rungs) > 1), None)
+        if ladder is not None and self.guard != "raise":
+            raise EvenbitsError(f"nothing climbs the ladder {'>'.join(ladder)} without --guard raise.")
+
+    @property
+    def edge(self) -> Edge:
+        """The codecs of every cut. Raises EvenbitsError for unknown ones."""
+        both = Edge.of(f"{self.forward}/{self.backward}")
+        return replace(both, prune_embeddings=self.prune_embeddings)
 
     @property
     def replica_codec(self) -> str:
