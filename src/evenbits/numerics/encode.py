@@ -17,15 +17,16 @@ import torch
 from evenbits.errors import EvenbitsError
 from evenbits.numerics import elements, scales
 from evenbits.numerics.affine import qparams, symmetric_scale, to_codes, zero_points
+from evenbits.numerics.blocks import Block
 from evenbits.numerics.elements import PairType, TypeChoice
 from evenbits.numerics.format import Format
 from evenbits.numerics.packing import pack, pack_bits
 from evenbits.numerics.qdtypes import QDtype
 from evenbits.numerics.qtensor import QTensor
 from evenbits.numerics.ranges import find_range
-from evenbits.numerics.search import Block, round_scale, search_released, search_scale
+from evenbits.numerics.search import round_scale, search_released, search_scale
 
-_SLICE = 1 << 20  # elements packed at once
+_SLICE = 1 << 15  # elements packed at once
 _ENCODABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -62,12 +62,13 @@ def real(stored: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
 
 
 def neighbours(stored: torch.Tensor) -> list[torch.Tensor]:
-    """Of one-byte scales: those one step below and above each of `stored`; of others nothing, their steps are fine."""
+    """Of one-byte scales: those up to two steps below and above each of `stored` (powers of two: one step); of others
+    nothing, their steps are fine."""
     if stored.dtype == torch.float8_e4m3fn:
-        lowest, highest = 1, 126
+        lowest, highest, steps = 1, 126, (-2, -1, 1, 2)
     elif stored.dtype == torch.uint8:
-        lowest, highest = 0, 254
+        lowest, highest, steps = 0, 254, (-1, 1)
     else:
         return []
     codes = stored.view(torch.uint8).to(torch.int16)
-    return [(codes + step).clamp(lowest, highest).to(torch.uint8).view(stored.dtype) for step in (-1, 1)]
+    return [(codes + step).clamp(lowest, highest).to(torch.uint8).view(stored.dtype) for step in steps]

@@ -17,7 +17,7 @@ from evenbits.numerics import elements
 from evenbits.numerics.affine import symmetric_scale
 from evenbits.numerics.elements import PairType, TypeChoice
 from evenbits.numerics.format import Format
-from evenbits.numerics.search import Block
+from evenbits.numerics.blocks import Block
 
 _PAIR_RATIOS = tuple(0.2 * 1.13**i for i in range(21))  # 0.2 … 2.3 times 3σ
 _RATIOS = tuple(1.05**-i for i in range(40))  # 1.0 … 0.15 times absmax
