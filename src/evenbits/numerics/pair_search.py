@@ -3,10 +3,11 @@
 The largest normal value of the kind is mapped to r · 3σ. Pairs whose energy is in a few outliers have an error with many
 valleys: an outlier falls on one of seven values per sign, and every step of the scale shifts which. So the search is
 
-    1. coarse   r = 0.1 … 2.8 in 29 steps of 12.6 %, and the scale that spans absmax
+    1. coarse   26 values of r 12.6 % apart, 0.1 … 1.9 (int) or 0.16 … 3.1 (flint, 8 bits), and the one that spans absmax
     2. fine     0.94 … 1.06 in steps of 2 % around each of the two best of these
+    3. finest   0.985 … 1.015 in steps of 0.5 % around the best of all (scales not stored as E4M3)
 
-42 passes. The released code's takes 88 values of r from 0.75 in steps of 0.02, under its own policy; on every tensor of
+45 passes (E4M3: 39). The released code's takes 88 values of r from 0.75 in steps of 0.02, under its own policy; on every tensor of
 docs/formats.md ours finds the smaller error, because it minimizes over the pairs' policy too and reaches below 0.75.
 Everything is done for a slice of rows before the next one. C: candidates, R: rows, G: groups.
 """
@@ -23,38 +24,59 @@ from evenbits.numerics.ovp import PairKind
 from evenbits.numerics.pair_loss import PairLoss
 
 RELEASED = tuple(percent / 100 for percent in range(75, 250, 2))
-_COARSE = tuple(0.1 * 1.126**i for i in range(29))
+_COARSE = {  # flint and 8-bit pairs have more room below the top of their normal values, int less
+    "int": tuple(0.1 * 1.126**i for i in range(26)),
+    "flint": tuple(0.1 * 1.126**i for i in range(4, 30)),
+    "int8": tuple(0.1 * 1.126**i for i in range(4, 30)),
+}
 _FINE = (0.94, 0.96, 0.98, 1.02, 1.04, 1.06)
-PASSES = len(_COARSE) + 1 + 2 * len(_FINE)
+_FINEST = (0.985, 0.99, 0.995, 1.005, 1.01, 1.015)
 
 # Scales [R, G] (shared: [1, 1]) of candidates → their squared errors [C, R, G], both relative to absmax.
 _Losses: TypeAlias = "Callable[[Sequence[torch.Tensor]], torch.Tensor]"
 
 
-def searched(block: Block, kind: PairKind, policy: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best unrounded scale of every group and its squared error, [R, G] each (shared: [1, 1]). Zeros: scale 1."""
+def searched(
+    block: Block, kind: PairKind, policy: str, *, finest: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The best unrounded scale of every group and its squared error, [R, G] each (shared: [1, 1]), and the passes taken.
+
+    finest: whether the third stage is worth it, which it is not where scales are stored in steps of several per cent.
+    Groups of zeros get scale 1.
+    """
     top = block.absmax()
     unit, base = or_one(top), block.three_sigma(top) / kind.normal_max
     scales, errors = [], []
     for rows, losses in _parts(block, unit, kind, policy):
-        # Against absmax as the unit: the span is 1 / normal_max for every group.
-        scale, error = _two_stages(losses, base[rows], 1 / kind.normal_max)
+        scale, error = _stages(losses, base[rows], kind, finest)
         scales.append(positive(scale * unit[rows]))
         errors.append(error.double() * unit[rows].double().square())
     scale = torch.where(top == 0, torch.ones_like(top), torch.cat(scales).to(top.dtype))
-    return scale, torch.cat(errors)
+    passes = len(_COARSE["int"]) + 1 + 2 * len(_FINE) + (len(_FINEST) if finest else 0)
+    return scale, torch.cat(errors), passes
 
 
-def _two_stages(losses: _Losses, base: torch.Tensor, spanning: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _stages(
+    losses: _Losses, base: torch.Tensor, kind: PairKind, finest: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     smallest = torch.finfo(torch.float32).tiny
-    coarse = [torch.full_like(base, spanning), *((base * ratio).clamp(min=smallest) for ratio in _COARSE)]
-    first, index = losses(coarse).topk(2, dim=0, largest=False)
-    stacked = torch.stack(coarse)
-    centres = stacked.gather(0, index)
-    fine = [centres[0], *(centre * ratio for centre in centres for ratio in _FINE)]
-    found = torch.cat([first[:1], losses(fine[1:])])
-    error, index = found.min(dim=0, keepdim=True)
-    return torch.stack(fine).gather(0, index)[0], error[0]
+    ratios = _COARSE.get(kind.name, _COARSE["flint"])  # flint_i8 is as flint
+    spanning = torch.full_like(base, 1 / kind.normal_max)  # absmax is the unit
+    coarse = [spanning, *((base * ratio).clamp(min=smallest) for ratio in ratios)]
+    tried, stacked = losses(coarse), torch.stack(coarse)
+    first, best = tried.min(dim=0, keepdim=True)
+    second = tried.scatter_(0, best, torch.inf).argmin(dim=0, keepdim=True)
+    centres = stacked.gather(0, torch.cat([best, second]))
+    best, first = _better(losses, centres[0], first[0], [centre * ratio for centre in centres for ratio in _FINE])
+    return _better(losses, best, first, [best * ratio for ratio in _FINEST]) if finest else (best, first)
+
+
+def _better(
+    losses: _Losses, scale: torch.Tensor, error: torch.Tensor, others: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of a scale, whose error is known, and others, for every group."""
+    errors, index = torch.cat([error.unsqueeze(0), losses(others)]).min(dim=0, keepdim=True)
+    return torch.stack([scale, *others]).gather(0, index)[0], errors[0]
 
 
 def released(block: Block, kind: PairKind, policy: str) -> torch.Tensor:

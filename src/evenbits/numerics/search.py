@@ -59,8 +59,9 @@ def search_scale(block: Block, fmt: Format, policy: str) -> tuple[torch.Tensor, 
     """
     start = time.perf_counter()
     if isinstance(fmt.dtype, PairType):
-        scale, error = pair_search.searched(block, ovp.pair_kind(fmt.dtype.kind), policy)
-        _count(block, pair_search.PASSES, start)
+        kind, finest = ovp.pair_kind(fmt.dtype.kind), fmt.storage != "e4m3"
+        scale, error, passes = pair_search.searched(block, kind, policy, finest=finest)
+        _count(block, passes, start)
         return scale, error
     top = block.absmax()
     unit = top / elements.largest(fmt.dtype)
