@@ -39,11 +39,12 @@ GROUPS = {
     ),
     "4.125 bits": (
         *("int4:g128", "int4:g128:mse", "int4:g128:7.5:mse", "int4:g128:affine", "int4:g128:affine:mse"),
-        *("flint4:g128", "ant4:g128", "nf4:g128:mse", "ovp4:g128"),
+        *("flint4:g128", "ant4:g128", "nf4:g128:mse", "ovp4:g128:3sigma:reference", "ovp4:g128"),
     ),
     "4.25 bits": (
         *("int4:g64", "int4:g64:7.5:mse", "flint4:g32", "nf4:g64", "nf4:g64:mse", "nf4:g32", "nf4:g32:mse"),
-        *("fp4:g32", "fp4:g32:mse", "mxfp4", "mxfp4:mse", "ovp4:g64", "ovp4:g32", "ovp4-mix:g32"),
+        *("fp4:g32", "fp4:g32:mse", "mxfp4", "mxfp4:mse", "ovp4:g64"),
+        *("ovp4:g32:3sigma:reference", "ovp4:g32", "ovp4-mix:g32"),
     ),
     "4.5 bits": (
         *("int4:g32", "int4:g32:mse", "int4:g32:7.5:mse", "flint4:g16", "nf4:g16:mse"),
@@ -57,7 +58,9 @@ POLICIES = (
 )
 NARROW = ("int4:row:mse", "flint4:row", "nf4:row", "ovp4:row", "ovp4:g32", "ovp4:g16", "mxfp4", "nvfp4", "nvfp4:mse")
 VERSUS = (
-    *(("ovp4:row", "ovp4:row:3sigma:reference"), ("ovp4:row", "int4:row:mse"), ("ovp4:row", "nf4:row:mse")),
+    *(("ovp4:tensor", "ovp4:tensor:3sigma:reference"), ("ovp4:row", "ovp4:row:3sigma:reference")),
+    *(("ovp4:g128", "ovp4:g128:3sigma:reference"), ("ovp4:g32", "ovp4:g32:3sigma:reference")),
+    *(("ovp4:row", "int4:row:mse"), ("ovp4:row", "nf4:row:mse")),
     *(("ovp4:g128", "int4:g128:mse"), ("ovp4:g128", "int4:g128:affine"), ("ovp4:g128", "nf4:g128:mse")),
     *(("ovp4:g32", "mxfp4"), ("ovp4:g32", "mxfp4:mse"), ("ovp4:g32", "fp4:g32:mse"), ("ovp4:g32", "int4:g64:7.5:mse")),
     *(("ovp4:g32", "nf4:g32:mse"), ("ovp4-mix:g32", "nf4:g32:mse"), ("ovp4:g16", "nvfp4"), ("ovp4:g16", "nvfp4:mse")),
@@ -164,6 +167,12 @@ def versus(found: Found, families: Sequence[str]) -> Iterator[dict[str, object]]
             "difference_db": {family: round(sum(d) / len(d), 3) for family, d in pairs.items()},
             "better": sum(difference > 0 for difference in every),
             "tensors": len(every),
+            "worse_on": [
+                f"{family}/{figure.tensor} {difference:+.4f}"
+                for family, differences in pairs.items()
+                for figure, difference in zip(found[family, first], differences, strict=True)
+                if difference < 0 and "3sigma" in second
+            ],
         }
 
 

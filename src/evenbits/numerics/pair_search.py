@@ -1,15 +1,15 @@
 """The scales of pairs: a search over everything, and the released code's.
 
-The largest normal value of the kind is mapped to r · 3σ. Pairs whose energy is in a few outliers have an error with many
-valleys: an outlier falls on one of seven values per sign, and every step of the scale shifts which. So the search is
+The largest normal value of the kind is mapped to r · 3σ. Where a few outliers have most of the energy the error has
+many valleys: an outlier falls on one of seven values per sign, and every step of the scale shifts which. The search:
 
-    1. coarse   26 values of r 12.6 % apart, 0.1 … 1.9 (int) or 0.16 … 3.1 (flint, 8 bits), and the one that spans absmax
+    1. coarse   26 values of r 12.6 % apart, 0.1 … 1.9 (int) or 0.16 … 3.1 (flint, 8 bits), and what spans absmax
     2. fine     0.94 … 1.06 in steps of 2 % around each of the two best of these
     3. finest   0.985 … 1.015 in steps of 0.5 % around the best of all (scales not stored as E4M3)
 
-45 passes (E4M3: 39). The released code's takes 88 values of r from 0.75 in steps of 0.02, under its own policy; on every tensor of
-docs/formats.md ours finds the smaller error, because it minimizes over the pairs' policy too and reaches below 0.75.
-Everything is done for a slice of rows before the next one. C: candidates, R: rows, G: groups.
+45 passes (E4M3: 39). The released code tries 88 values of r from 0.75 in steps of 0.02, under its own policy; how the
+two compare is measured in docs/formats.md. Everything is done for a slice of rows before the next one. C: candidates,
+R: rows, G: groups.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Losses: TypeAlias = "Callable[[Sequence[torch.Tensor]], torch.Tensor]"
 def searched(
     block: Block, kind: PairKind, policy: str, *, finest: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The best unrounded scale of every group and its squared error, [R, G] each (shared: [1, 1]), and the passes taken.
+    """The best unrounded scale of every group and its squared error, [R, G] each (shared: [1, 1]), and passes taken.
 
     finest: whether the third stage is worth it, which it is not where scales are stored in steps of several per cent.
     Groups of zeros get scale 1.
@@ -56,9 +56,7 @@ def searched(
     return scale, torch.cat(errors), passes
 
 
-def _stages(
-    losses: _Losses, base: torch.Tensor, kind: PairKind, finest: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _stages(losses: _Losses, base: torch.Tensor, kind: PairKind, finest: bool) -> tuple[torch.Tensor, torch.Tensor]:
     smallest = torch.finfo(torch.float32).tiny
     ratios = _COARSE.get(kind.name, _COARSE["flint"])  # flint_i8 is as flint
     spanning = torch.full_like(base, 1 / kind.normal_max)  # absmax is the unit

@@ -80,8 +80,8 @@ def search_scale(block: Block, fmt: Format, policy: str) -> tuple[torch.Tensor, 
 
     for ratio in _GRID:
         attempt(unit * ratio)
-    # Few levels and a far outlier: a smaller scale may be better. A group goes on down to half its root mean square, and
-    # from the end of the grid until four steps gained nothing; no group's scale depends on another group.
+    # Few levels and a far outlier: a smaller scale may be better. A group goes on down to half its root mean square,
+    # and from the end of the grid until four steps gained nothing; no group's scale depends on another group.
     lowest, at_end = block.three_sigma(top) / 6, best_scale < unit * (ratio * 1.001)
     while ratio > _LOWEST and bool((allowed := at_end | (lowest <= ratio * 0.8)).any()):
         ratio *= 0.8
