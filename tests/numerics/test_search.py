@@ -192,3 +192,35 @@ def test_rounding_takes_the_best_of_the_steps_around(spelling: str) -> None:
         scale = torch.exp2(byte.float() - 127) if factor is None else byte.view(torch.float8_e4m3fn).float() * factor
         other = _errors(block.x_RGg.reshape(-1, fmt.granularity.size), scale, fmt).reshape(error.shape)
         assert bool((error <= other * (1 + 1e-5)).all())
+
+
+def _families() -> dict[str, torch.Tensor]:
+    """Small tensors of the kinds that benchmarks/tensors.py has: tails of every weight, loud channels, loud pairs."""
+    heavy = torch.distributions.StudentT(2.2).sample((16, 512))
+    loud, adjacent, bert = (torch.randn(16, 512) for _ in range(3))
+    loud[:, torch.randperm(512)[:6]] *= 20 + 80 * torch.rand(6)
+    bert[:, torch.randperm(512)[:20]] *= 4 + 16 * torch.rand(20)
+    adjacent[:, :20] *= 25
+    outliers = torch.where(torch.rand(16, 512) < 0.003, torch.randn(16, 512) * 9, torch.randn(16, 512))
+    return {
+        **{name: _sample(name, 16, 512) for name in DATA},
+        "t2.2": heavy,
+        "outliers": outliers,
+        "OPT": loud,
+        "BERT": bert,
+        "adjacent": adjacent,
+        "product": torch.randn(16, 512) * torch.randn(16, 512),
+        "GELU": torch.nn.functional.gelu(torch.randn(16, 512)),
+        "GLU": torch.nn.functional.silu(torch.randn(16, 512)) * torch.randn(16, 512) * (0.5 * torch.randn(512)).exp(),
+    }
+
+
+@pytest.mark.parametrize("grain", ["tensor", "row", "g128", "g32"])
+def test_never_behind_the_released_rule(grain: str) -> None:
+    """Same bits, every family: our search and pairs against the released 88 scales and its rule."""
+    for name, x in _families().items():
+        ours, theirs = (
+            float((encode(x, f"ovp4:{grain}{rule}").dequantize() - x).double().square().sum())
+            for rule in ("", ":3sigma:reference")
+        )
+        assert ours <= theirs * (1 + 1e-6), name

@@ -26,7 +26,7 @@ from evenbits.numerics.qtensor import QTensor
 from evenbits.numerics.ranges import find_range
 from evenbits.numerics.search import round_scale, search_released, search_scale
 
-_SLICE = 1 << 15  # elements packed at once
+_SLICE = 1 << 14  # elements packed at once
 _ENCODABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -25,6 +25,7 @@ class PairLoss:
         """x: groups of an even size; unit: positive, [R, G] or [1, 1]; importance: weights of the squared error."""
         relative = (x_RGg / unit_RG.unsqueeze(-1)).float().abs_()
         self._x_2RGP = torch.stack([relative[..., 0::2], relative[..., 1::2]])
+        del relative  # its room is wanted
         self._h_21GP = None
         if importance_Gg is not None:
             self._h_21GP = torch.stack([importance_Gg[..., 0::2], importance_Gg[..., 1::2]]).unsqueeze(1)

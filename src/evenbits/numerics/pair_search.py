@@ -7,8 +7,9 @@ many valleys: an outlier falls on one of seven values per sign, and every step o
     2. fine     0.94 … 1.06 in steps of 2 % around each of the two best of these
     3. finest   0.985 … 1.015 in steps of 0.5 % around the best of all (scales not stored as E4M3)
 
-45 passes (E4M3: 39). The released code tries 88 values of r from 0.75 in steps of 0.02, under its own policy; how the
-two compare is measured in docs/formats.md. Everything is done for a slice of rows before the next one. C: candidates,
+45 passes (E4M3: 39). The released code tries 88 values of r from 0.75 in steps of 0.02, under its own policy; with one
+scale for a whole tensor those are tried as well (133 passes), so that ours is never behind; with many, the stages are
+ahead of it in the sum over rows (docs/formats.md). Everything is done for a slice of rows before the next one.
 R: rows, G: groups.
 """
 
@@ -32,8 +33,8 @@ _COARSE = {  # flint and 8-bit pairs have more room below the top of their norma
 _FINE = (0.94, 0.96, 0.98, 1.02, 1.04, 1.06)
 _FINEST = (0.985, 0.99, 0.995, 1.005, 1.01, 1.015)
 
-# Scales [R, G] (shared: [1, 1]) of candidates → their squared errors [C, R, G], both relative to absmax.
-_Losses: TypeAlias = "Callable[[Sequence[torch.Tensor]], torch.Tensor]"
+# Scales [R, G] (shared: [1, 1]) → squared errors of the groups, both relative to absmax.
+_Loss: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
 def searched(
@@ -46,35 +47,47 @@ def searched(
     """
     top = block.absmax()
     unit, base = or_one(top), block.three_sigma(top) / kind.normal_max
-    scales, errors = [], []
-    for rows, losses in _parts(block, unit, kind, policy):
-        scale, error = _stages(losses, base[rows], kind, finest)
-        scales.append(positive(scale * unit[rows]))
-        errors.append(error.double() * unit[rows].double().square())
-    scale = torch.where(top == 0, torch.ones_like(top), torch.cat(scales).to(top.dtype))
+    scale, error = torch.empty_like(base), torch.empty(base.shape, dtype=torch.float64, device=base.device)
+    for rows, loss in _parts(block, unit, kind, policy):
+        relative, lost = _stages(loss, base[rows], kind, finest)
+        if block.shared:  # one scale has no average over rows to rely on: the released candidates as well
+            anchor = _published_anchor(block, unit) / kind.normal_max
+            relative, lost = _best_of(loss, relative, lost, anchor, RELEASED)
+        scale[rows] = positive(relative * unit[rows])
+        error[rows] = lost.double() * unit[rows].double().square()
+        del loss  # and its buffers, before the next one's
     passes = len(_COARSE["int"]) + 1 + 2 * len(_FINE) + (len(_FINEST) if finest else 0)
-    return scale, torch.cat(errors), passes
+    passes += len(RELEASED) if block.shared else 0
+    return scale.masked_fill_(top == 0, 1.0), error, passes
 
 
-def _stages(losses: _Losses, base: torch.Tensor, kind: PairKind, finest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _stages(loss: _Loss, base: torch.Tensor, kind: PairKind, finest: bool) -> tuple[torch.Tensor, torch.Tensor]:
     smallest = torch.finfo(torch.float32).tiny
-    ratios = _COARSE.get(kind.name, _COARSE["flint"])  # flint_i8 is as flint
-    spanning = torch.full_like(base, 1 / kind.normal_max)  # absmax is the unit
-    coarse = [spanning, *((base * ratio).clamp(min=smallest) for ratio in ratios)]
-    tried, stacked = losses(coarse), torch.stack(coarse)
-    first, best = tried.min(dim=0, keepdim=True)
-    second = tried.scatter_(0, best, torch.inf).argmin(dim=0, keepdim=True)
-    centres = stacked.gather(0, torch.cat([best, second]))
-    best, first = _better(losses, centres[0], first[0], [centre * ratio for centre in centres for ratio in _FINE])
-    return _better(losses, best, first, [best * ratio for ratio in _FINEST]) if finest else (best, first)
+    best = second = torch.full_like(base, 1 / kind.normal_max)  # absmax is the unit
+    error = loss(best)
+    runner_up = torch.full_like(error, torch.inf)
+    for ratio in _COARSE.get(kind.name, _COARSE["flint"]):  # flint_i8 is as flint
+        scale = (base * ratio).clamp(min=smallest)
+        found = loss(scale)
+        better, close = found < error, found < runner_up
+        second = torch.where(better, best, torch.where(close, scale, second))
+        runner_up = torch.where(better, error, torch.where(close, found, runner_up))
+        best, error = torch.where(better, scale, best), torch.where(better, found, error)
+    for centre in (best, second):
+        best, error = _best_of(loss, best, error, centre, _FINE)
+    return _best_of(loss, best, error, best, _FINEST) if finest else (best, error)
 
 
-def _better(
-    losses: _Losses, scale: torch.Tensor, error: torch.Tensor, others: list[torch.Tensor]
+def _best_of(
+    loss: _Loss, best: torch.Tensor, error: torch.Tensor, centre: torch.Tensor, ratios: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best of a scale, whose error is known, and others, for every group."""
-    errors, index = torch.cat([error.unsqueeze(0), losses(others)]).min(dim=0, keepdim=True)
-    return torch.stack([scale, *others]).gather(0, index)[0], errors[0]
+    """The best of a scale, whose error is known, and multiples of another, for every group."""
+    for ratio in ratios:
+        scale = centre * ratio
+        found = loss(scale)
+        better = found < error
+        best, error = torch.where(better, scale, best), torch.where(better, found, error)
+    return best, error
 
 
 def released(block: Block, kind: PairKind, policy: str) -> torch.Tensor:
@@ -84,10 +97,11 @@ def released(block: Block, kind: PairKind, policy: str) -> torch.Tensor:
     base = _published_anchor(block, unit) / kind.normal_max
     base = torch.where(top == 0, torch.ones_like(base), base)
     scales = []
-    for rows, losses in _parts(block, unit, kind, policy):
-        index = losses([base[rows] * ratio for ratio in RELEASED]).argmin(dim=0)
-        ratios = torch.tensor(RELEASED, dtype=base.dtype, device=base.device)
-        scales.append(positive(base[rows] * ratios[index] * unit[rows]))
+    for rows, loss in _parts(block, unit, kind, policy):
+        first = base[rows] * RELEASED[0]
+        scale, _ = _best_of(loss, first, loss(first), base[rows], RELEASED[1:])
+        scales.append(positive(scale * unit[rows]))
+        del loss
     return torch.cat(scales)
 
 
@@ -107,22 +121,19 @@ def _published_anchor(block: Block, unit: torch.Tensor) -> torch.Tensor:
     return torch.maximum((mean + 3 * deviation).abs(), (mean - 3 * deviation).abs()).to(unit.dtype)
 
 
-def _parts(block: Block, unit: torch.Tensor, kind: PairKind, policy: str) -> Iterator[tuple[slice, _Losses]]:
+def _parts(block: Block, unit: torch.Tensor, kind: PairKind, policy: str) -> Iterator[tuple[slice, _Loss]]:
     """Slices of rows and the errors of their groups; one slice and the sums of all, if a scale is shared."""
     if block.shared:
-        yield slice(0, 1), lambda scales: _shared(block, unit, kind, policy, scales)
+        yield slice(0, 1), lambda scale: _shared(block, unit, kind, policy, scale)
         return
     for rows in block.slices():
-        loss = PairLoss(block.x_RGg[rows], unit[rows], block.importance_Gg)
-        yield rows, lambda scales, loss=loss: torch.stack([loss(scale, kind, policy) for scale in scales])
+        yield rows, _loss(PairLoss(block.x_RGg[rows], unit[rows], block.importance_Gg), kind, policy)
 
 
-def _shared(
-    block: Block, unit: torch.Tensor, kind: PairKind, policy: str, scales: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    total = torch.zeros(len(scales), 1, 1, dtype=torch.float64, device=unit.device)
-    for rows in block.slices():
-        loss = PairLoss(block.x_RGg[rows], unit, block.importance_Gg)
-        parts = [loss(scale, kind, policy).double().sum() for scale in scales]
-        total += torch.stack(parts).reshape(-1, 1, 1)
-    return total
+def _loss(loss: PairLoss, kind: PairKind, policy: str) -> _Loss:
+    return lambda scale: loss(scale, kind, policy)
+
+
+def _shared(block: Block, unit: torch.Tensor, kind: PairKind, policy: str, scale: torch.Tensor) -> torch.Tensor:
+    slices = (PairLoss(block.x_RGg[rows], unit, block.importance_Gg) for rows in block.slices())
+    return torch.stack([loss(scale, kind, policy).double().sum() for loss in slices]).sum().reshape(1, 1)

@@ -109,18 +109,31 @@ def round_scale(
     block: Block, scale: torch.Tensor, fmt: Format, policy: str, factor: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales as stored and the groups' errors under them; coarse storages try the steps beside the nearest as well."""
-    start = time.perf_counter()
+    start, passes = time.perf_counter(), 0
     best = store(scale, fmt.storage, factor)
-    best_error = block.error(real(best, factor), fmt, policy)
-    others = neighbours(best)
+    raw = torch.uint8 if best.element_size() == 1 else best.dtype  # float8 knows few operations
+    best_error = torch.empty(scale.shape, dtype=torch.float64, device=scale.device)
+    for rows in [slice(0, 1)] if block.shared else block.slices():
+        part = block if block.shared else Block(block.x_RGg[rows], False, block.importance_Gg)
+        row_factor = factor if factor is None or len(factor) == 1 else factor[rows]
+        found, best_error[rows], passes = _rounded_best(part, best[rows], fmt, policy, row_factor)
+        best.view(raw)[rows] = found.view(raw)
+    _count(block, passes, start)
+    return best, best_error
+
+
+def _rounded_best(
+    block: Block, stored: torch.Tensor, fmt: Format, policy: str, factor: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    best, best_error = stored, block.error(real(stored, factor), fmt, policy)
+    others = neighbours(stored)
     for other in others:
         error = block.error(real(other, factor), fmt, policy)
         better = error < best_error
         # float8 has no `where`: one-byte scales are chosen as bytes.
         best = torch.where(better, other.view(torch.uint8), best.view(torch.uint8)).view(best.dtype)
         best_error = torch.where(better, error, best_error)
-    _count(block, 1 + len(others), start)
-    return best, best_error
+    return best, best_error, 1 + len(others)
 
 
 def _count(block: Block, passes: int, start: float) -> None:
