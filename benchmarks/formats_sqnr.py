@@ -1,6 +1,7 @@
 """The tables of docs/formats.md: what every 4-bit format keeps of a tensor, in groups of equal true bits.
 
     python benchmarks/formats_sqnr.py --data DIR [--json] [--rows 128] [--seeds 2] [--jobs 2]
+        [--formats ovp4:row …]
     python benchmarks/formats_sqnr.py --smoke
 
 DIR holds the real tensors that the tests use (EVENBITS_TEST_DATA by default); --synthetic leaves them out. Every figure
@@ -236,6 +237,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="synthetic tensors per family")
     parser.add_argument("--rows", type=int, default=128, help="rows of each real tensor")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--formats", nargs="+", help="only these, in every family")
     parser.add_argument("--json", action="store_true", help="JSON lines, a fingerprint first")
     parser.add_argument("--smoke", action="store_true", help="small synthetic tensors, few formats, one process")
     given = parser.parse_args()
@@ -251,7 +253,7 @@ def main() -> None:
     rows, columns = (int(word) for word in given.shape.split("x"))
     samples = list(tensors.synthetic(rows, columns, given.seeds))
     samples += [] if given.synthetic else tensors.real(Path(given.data), given.rows)
-    found = measured(samples, SMOKE if given.smoke else None, given.jobs)
+    found = measured(samples, SMOKE if given.smoke else given.formats, given.jobs)
     about = {**fingerprint(), "processes": given.jobs, "shape": given.shape, "seeds": given.seeds, "rows": given.rows}
     about["seconds"] = round(time.perf_counter() - start, 1)
     if not given.json:
