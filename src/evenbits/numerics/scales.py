@@ -74,9 +74,9 @@ def neighbours(stored: torch.Tensor) -> list[torch.Tensor]:
     """Of one-byte scales: those up to two steps below and above each of `stored` (powers of two: one step); of others
     nothing, their steps are fine."""
     if stored.dtype == torch.float8_e4m3fn:
-        lowest, highest, steps = 1, 126, (-2, -1, 1, 2)
+        lowest, highest, steps = 1, 126, [-2, -1, 1, 2]
     elif stored.dtype == torch.uint8:
-        lowest, highest, steps = 0, 254, (-1, 1)
+        lowest, highest, steps = 0, 254, [-1, 1]
     else:
         return []
     codes = stored.view(torch.uint8).to(torch.int16)
