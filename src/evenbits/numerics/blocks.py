@@ -18,7 +18,7 @@ from evenbits.numerics.ovp import PairKind
 from evenbits.numerics.pair_loss import PairLoss
 
 SLICE = 1 << 15  # elements
-PAIR_SLICE = 1 << 16  # of pairs: two threads have a share each; of small tensors a twentieth
+PAIR_SLICE = 1 << 16  # of pairs: two threads have a share each; of small tensors half of that
 _WIDE = 2.0**48
 
 
@@ -66,7 +66,7 @@ class Block:
     def slices(self) -> Iterator[slice]:
         """Rows that fit the cache together, one slice after the other."""
         rows, groups, size = self.x_RGg.shape
-        step = max(1, min(PAIR_SLICE, self.x_RGg.numel() // 20) // (groups * size))
+        step = max(1, min(PAIR_SLICE, max(SLICE, self.x_RGg.numel() // 20)) // (groups * size))
         return (slice(start, start + step) for start in range(0, rows, step))
 
     def absmax(self) -> torch.Tensor:
