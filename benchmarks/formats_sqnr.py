@@ -1,6 +1,7 @@
 """The tables of docs/formats.md: what every 4-bit format keeps of a tensor, in groups of equal true bits.
 
     python benchmarks/formats_sqnr.py --data DIR [--json] [--rows 128] [--seeds 2] [--jobs 2]
+        [--formats ovp4:row …]
     python benchmarks/formats_sqnr.py --smoke
 
 DIR holds the real tensors that the tests use (EVENBITS_TEST_DATA by default); --synthetic leaves them out. Every figure
@@ -39,11 +40,12 @@ GROUPS = {
     ),
     "4.125 bits": (
         *("int4:g128", "int4:g128:mse", "int4:g128:7.5:mse", "int4:g128:affine", "int4:g128:affine:mse"),
-        *("flint4:g128", "ant4:g128", "nf4:g128:mse", "ovp4:g128"),
+        *("flint4:g128", "ant4:g128", "nf4:g128:mse", "ovp4:g128:3sigma:reference", "ovp4:g128"),
     ),
     "4.25 bits": (
         *("int4:g64", "int4:g64:7.5:mse", "flint4:g32", "nf4:g64", "nf4:g64:mse", "nf4:g32", "nf4:g32:mse"),
-        *("fp4:g32", "fp4:g32:mse", "mxfp4", "mxfp4:mse", "ovp4:g64", "ovp4:g32", "ovp4-mix:g32"),
+        *("fp4:g32", "fp4:g32:mse", "mxfp4", "mxfp4:mse", "ovp4:g64"),
+        *("ovp4:g32:3sigma:reference", "ovp4:g32", "ovp4-mix:g32"),
     ),
     "4.5 bits": (
         *("int4:g32", "int4:g32:mse", "int4:g32:7.5:mse", "flint4:g16", "nf4:g16:mse"),
@@ -57,7 +59,9 @@ POLICIES = (
 )
 NARROW = ("int4:row:mse", "flint4:row", "nf4:row", "ovp4:row", "ovp4:g32", "ovp4:g16", "mxfp4", "nvfp4", "nvfp4:mse")
 VERSUS = (
-    *(("ovp4:row", "ovp4:row:3sigma:reference"), ("ovp4:row", "int4:row:mse"), ("ovp4:row", "nf4:row:mse")),
+    *(("ovp4:tensor", "ovp4:tensor:3sigma:reference"), ("ovp4:row", "ovp4:row:3sigma:reference")),
+    *(("ovp4:g128", "ovp4:g128:3sigma:reference"), ("ovp4:g32", "ovp4:g32:3sigma:reference")),
+    *(("ovp4:row", "int4:row:mse"), ("ovp4:row", "nf4:row:mse")),
     *(("ovp4:g128", "int4:g128:mse"), ("ovp4:g128", "int4:g128:affine"), ("ovp4:g128", "nf4:g128:mse")),
     *(("ovp4:g32", "mxfp4"), ("ovp4:g32", "mxfp4:mse"), ("ovp4:g32", "fp4:g32:mse"), ("ovp4:g32", "int4:g64:7.5:mse")),
     *(("ovp4:g32", "nf4:g32:mse"), ("ovp4-mix:g32", "nf4:g32:mse"), ("ovp4:g16", "nvfp4"), ("ovp4:g16", "nvfp4:mse")),
@@ -164,6 +168,12 @@ def versus(found: Found, families: Sequence[str]) -> Iterator[dict[str, object]]
             "difference_db": {family: round(sum(d) / len(d), 3) for family, d in pairs.items()},
             "better": sum(difference > 0 for difference in every),
             "tensors": len(every),
+            "worse_on": [
+                f"{family}/{figure.tensor} {difference:+.4f}"
+                for family, differences in pairs.items()
+                for figure, difference in zip(found[family, first], differences, strict=True)
+                if difference < 0 and "3sigma" in second
+            ],
         }
 
 
@@ -227,6 +237,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="synthetic tensors per family")
     parser.add_argument("--rows", type=int, default=128, help="rows of each real tensor")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
+    parser.add_argument("--formats", nargs="+", help="only these, in every family")
     parser.add_argument("--json", action="store_true", help="JSON lines, a fingerprint first")
     parser.add_argument("--smoke", action="store_true", help="small synthetic tensors, few formats, one process")
     given = parser.parse_args()
@@ -242,7 +253,7 @@ def main() -> None:
     rows, columns = (int(word) for word in given.shape.split("x"))
     samples = list(tensors.synthetic(rows, columns, given.seeds))
     samples += [] if given.synthetic else tensors.real(Path(given.data), given.rows)
-    found = measured(samples, SMOKE if given.smoke else None, given.jobs)
+    found = measured(samples, SMOKE if given.smoke else given.formats, given.jobs)
     about = {**fingerprint(), "processes": given.jobs, "shape": given.shape, "seeds": given.seeds, "rows": given.rows}
     about["seconds"] = round(time.perf_counter() - start, 1)
     if not given.json:

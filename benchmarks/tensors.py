@@ -16,6 +16,7 @@ GPT-2      the 16 attention weights, transposed to [output, input]
 MiniLM     every Linear weight
 MNv2       MobileNetV2's classifier and convolutions as [O, I·kh·kw]; MNv2-dw: its depthwise ones, K = 9
 FFN-in     inputs of MiniLM's feed-forward layers (after the norm), sentences of SST-2; FFN-mid: after the GELU
+MNv2-in    inputs of MobileNetV2's 1 × 1 convolutions after a ReLU6, a row per pixel, two pictures of ImageNet
 OPT-125m   n · m: tokens of normal noise, channel c times m[c], the largest |x| of that channel over a corpus, at the
 OPT-1.3b   inputs of q_proj and fc1: a real profile of outlier channels on made-up tokens; every layer of 125m, every
            sixth of 1.3b
@@ -23,6 +24,7 @@ OPT-1.3b   inputs of q_proj and fc1: a real profile of outlier channels on made-
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 
 WEIGHTS = ("GPT-2", "MiniLM", "MNv2")
-ACTIVATIONS = ("FFN-in", "FFN-mid", "OPT-125m", "OPT-1.3b")
+ACTIVATIONS = ("FFN-in", "FFN-mid", "MNv2-in", "OPT-125m", "OPT-1.3b")
 NARROW = ("MNv2-dw",)
 REAL = (*WEIGHTS, *ACTIVATIONS, *NARROW)
 _SENTENCES = 48
@@ -115,7 +117,7 @@ def synthetic(rows: int, columns: int, seeds: int) -> Iterator[Sample]:
 
 def real(data: Path, rows: int) -> Iterator[Sample]:
     """Every real tensor below `data`."""
-    for source in (_gpt2, _minilm, _mobilenet, _captured, _opt):
+    for source in (_gpt2, _minilm, _mobilenet, _captured, _pictured, _opt):
         for sample in source(data):
             x, most = sample.x.detach().float(), min(rows, len(sample.x))
             kept = torch.linspace(0, len(x) - 1, most).long()
@@ -166,6 +168,23 @@ def _captured(data: Path) -> Iterator[Sample]:
             model(**tokenizer(sentence, return_tensors="pt"))
     for (family, name), parts in found.items():
         yield Sample(family, name, torch.cat(parts))
+
+
+def _pictured(data: Path) -> Iterator[Sample]:
+    import vision
+
+    os.environ["EVENBITS_TEST_DATA"] = str(data)  # where vision.py looks
+    model, found = vision.mobilenet_v2(), dict[str, Tensor]()
+
+    def keep(name: str, x_NCHW: Tensor) -> None:
+        found[name] = x_NCHW.permute(0, 2, 3, 1).flatten(0, 2)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1) and module.in_channels >= 96:
+            module.register_forward_pre_hook(lambda _, given, name=name: keep(name, given[0]))
+    with torch.inference_mode():
+        model(torch.from_numpy(vision.pictures([0, 500])).float() / 255)
+    yield from (Sample("MNv2-in", name, x) for name, x in found.items() if len(x) > 2 and float(x.min()) >= 0)
 
 
 def _opt(data: Path) -> Iterator[Sample]:

@@ -224,14 +224,20 @@ def _data(name: str) -> Path:
 
 def imagenet() -> tuple[np.ndarray, np.ndarray]:
     """uint8 [500, 3, 224, 224], the centres of the pictures, and their classes, int64 [500]."""
+    classes = range(0, 1000, 2)
+    return pictures(classes), np.array(classes, dtype=np.int64)
+
+
+def pictures(classes: Iterable[int]) -> np.ndarray:
+    """The centres of the pictures of these (even) classes, uint8 [N, 3, 224, 224]."""
     names = [synset for synset, _ in json.loads(_data("imagenet_samples/labels.json").read_text(encoding="utf-8"))]
-    pictures, classes = [], range(0, 1000, 2)
+    found = []
     with zipfile.ZipFile(_data("imagenet_samples/even.zip")) as stored:
         for index in classes:
             picture = _pixels(stored.read(f"{names[index]}.jpg"))
             top, left = (picture.shape[0] - 224) // 2, (picture.shape[1] - 224) // 2
-            pictures.append(picture[top : top + 224, left : left + 224])
-    return _channels_first(pictures), np.array(classes, dtype=np.int64)
+            found.append(picture[top : top + 224, left : left + 224])
+    return _channels_first(found)
 
 
 def cifar10(split: str, keep: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:

@@ -122,7 +122,12 @@ def test_dynamic_is_encoded_and_decoded(spelling: str, dtype: torch.dtype) -> No
         y = fake_quantize(x, fmt)
         assert y.shape == x.shape
         assert y.dtype == dtype
-        assert y.equal(encode(x, fmt).dequantize())
+        rows = x.reshape(-1, x.shape[-1])
+        if fmt.granularity.kind != "tensor":  # each row by itself
+            expected = torch.cat([encode(row[None], fmt).dequantize() for row in rows]).view(x.shape)
+        else:
+            expected = encode(x, fmt).dequantize()
+        assert y.equal(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -191,13 +196,39 @@ def test_nothing_stays_nothing_and_the_input_is_left_alone() -> None:
     assert x.equal(before)
 
 
-def test_tokens_do_not_see_each_other() -> None:
-    x = torch.randn(4, 16) * torch.tensor([[1.0], [1e3], [1e-3], [1.0]])
-    for spelling in ("int8:row", "flint4:row", "ovp4-int:row", "mxfp4"):
-        fmt = Format.parse(spelling)
-        together = fake_quantize(x, fmt)
-        alone = torch.cat([fake_quantize(row[None], fmt) for row in x])
-        if fmt.storage == "float16":  # the scales of a tensor may need a factor that a row alone does not need
-            assert torch.allclose(together, alone, rtol=1e-3, atol=0)
-        else:
-            assert together.equal(alone)
+TOKENWISE = [
+    *(s for s in DYNAMIC if ":tensor" not in s),
+    "ovp4:g32",
+    "ovp4-int:g32",
+    "ovp4-i8:row",
+    "ant4:g16",
+    "ant3:row",
+]
+TOKENWISE += ["flint4:g16", "nf4:g32:mse", "nvfp4:mse", "mxfp4:mse", "int4:row:affine", "int4:g16:mse", "int2:row:mse"]
+TOKENWISE += ["ovp4:row:3sigma:reference", "ovp4:g64", "ovp4-mix:g32"]
+
+
+@pytest.mark.parametrize("spelling", TOKENWISE)
+def test_tokens_do_not_see_each_other(spelling: str) -> None:
+    fmt = Format.parse(spelling)
+    # Sizes far apart, so that a factor or a kind taken from all of them would show; heavy tails; padding of zeros.
+    x = torch.randn(6, 96) * torch.tensor([[1.0], [1e5], [1e-6], [1.0], [0.0], [3.0]])
+    x[3] *= torch.exp(2 * torch.randn(96))
+    x[5, :7] *= 40
+    together = fake_quantize(x, fmt)
+    assert together.equal(torch.cat([fake_quantize(row[None], fmt) for row in x]))
+    assert together.equal(torch.cat([encode(row[None], fmt).dequantize() for row in x]))
+    assert together.equal(fake_quantize(x.flip(0), fmt).flip(0))
+    assert together[:4].equal(fake_quantize(x[:4].view(2, 2, 96), fmt).view(4, 96))
+
+
+@pytest.mark.parametrize("spelling", ["ovp4:row", "ovp4:g128", "ant4:row"])
+def test_a_kind_for_each_token(spelling: str) -> None:
+    """One row is best as int and one as flint: together each keeps its own."""
+    x = torch.randn(2, 256)
+    x[1] = torch.distributions.StudentT(2.2).sample((256,))
+    kinds = {str(encode(row[None], spelling).format) for row in x}
+    assert len(kinds) == 2
+    y = fake_quantize(x, Format.parse(spelling))
+    for row, got in zip(x, y, strict=True):
+        assert got.equal(encode(row[None], spelling).dequantize()[0])

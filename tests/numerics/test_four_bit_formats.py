@@ -75,7 +75,6 @@ def test_one_spelling_is_stored(spelling: str, stored: str) -> None:
         ("ovp4:axis0", "pairs run along the last dimension"),
         ("ovp4:row:affine", "only integer types have affine formats"),
         ("flint4:row:7.5", "unknown option '7.5'"),
-        ("ovp4:g32:3sigma", "'3sigma' is for pairs with a scale per row or tensor"),
         ("flint4:row:3sigma", "'3sigma' is for pairs"),
         ("mxfp4:g16", "unknown option 'g16'"),
         ("nvfp4:mse:minmax", "contradict"),

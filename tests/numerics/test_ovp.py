@@ -16,11 +16,13 @@ from evenbits.numerics.ovp import (
     decode_table,
     first_illegal,
     legal_bytes,
+    nearest_outlier,
     pack_pairs,
     pair_kind,
     snap,
     unpack_pairs,
 )
+from evenbits.numerics.pair_loss import nearest_normal
 
 KINDS4 = ["int", "flint", "flint_i8"]
 NORMAL = {"int": range(8), "flint": (0, 1, 2, 3, 4, 6, 8, 16), "flint_i8": (0, 1, 2, 3, 4, 6, 8, 16)}
@@ -207,3 +209,19 @@ def test_bad_input() -> None:
         snap(torch.zeros(1, 2), k, "optimum")
     with pytest.raises(EvenbitsError, match="flint_i8"):
         pair_kind("flint_i9")
+
+
+@pytest.mark.parametrize("kind", [*KINDS4, "int8"])
+def test_closed_forms_are_the_nearest_values(kind: str) -> None:
+    """Against a scan over all values: outliers with ties to the smaller, normal values with either."""
+    k = pair_kind(kind)
+    outliers, normals = torch.tensor(k.outliers).float(), torch.tensor(sorted(k.normals)).float()
+    middles = (outliers[1:] + outliers[:-1]) / 2
+    beside = [torch.nextafter(middles, middles + 1), torch.nextafter(middles, middles - 1)]
+    u = torch.cat([torch.linspace(0, 300, 6001), middles, *beside, torch.rand(2000) * 40000, torch.tensor([1e-40])])
+    found = nearest_outlier(u, k, out=torch.empty_like(u))
+    assert torch.equal(found, outliers[(u[:, None] - outliers).abs().argmin(1)])  # the first of equals
+    normal = nearest_normal(u, k, out=torch.empty_like(u), room=torch.empty_like(u))
+    assert torch.equal((normal - u).abs(), (u[:, None] - normals).abs().amin(1))
+    far = torch.tensor([3.4e38, float("inf")])
+    assert nearest_outlier(far, k, out=torch.empty_like(far)).tolist() == [k.largest] * 2

@@ -133,7 +133,7 @@ def test_each_candidates_errors_add_up_over_batches() -> None:
     for batch, search in zip(batches, alone, strict=True):
         together.update(batch)
         search.update(batch)
-    assert len(together._errors) == 2 * 22  # two kinds, 22 scales; nothing else is kept
+    assert len(together._errors) == 2 * 67  # two kinds, 67 scales; nothing else is kept
     for candidate, error in together._errors.items():
         assert error == pytest.approx(sum(search._errors[candidate] for search in alone), rel=1e-9)
 

@@ -17,15 +17,16 @@ import torch
 from evenbits.errors import EvenbitsError
 from evenbits.numerics import elements, scales
 from evenbits.numerics.affine import qparams, symmetric_scale, to_codes, zero_points
+from evenbits.numerics.blocks import Block
 from evenbits.numerics.elements import PairType, TypeChoice
 from evenbits.numerics.format import Format
 from evenbits.numerics.packing import pack, pack_bits
 from evenbits.numerics.qdtypes import QDtype
 from evenbits.numerics.qtensor import QTensor
 from evenbits.numerics.ranges import find_range
-from evenbits.numerics.search import Block, round_scale, search_released, search_scale
+from evenbits.numerics.search import round_scale, search_released, search_scale
 
-_SLICE = 1 << 20  # elements packed at once
+_SLICE = 1 << 14  # elements packed at once
 _ENCODABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -55,14 +56,15 @@ def encode(
     padding = fmt.stored_columns(x_RK.shape[1]) - x_RK.shape[1]
     importance = _checked_importance(importance, x_RK, padding, fmt)
     x_RK = torch.nn.functional.pad(x_RK, (0, padding)) if padding else x_RK
-    solved = _solve_choice(x_RK, fmt, policy, importance)
+    tried = solve(x_RK, fmt, policy, importance)
+    solved = min(tried, key=lambda solved: float(solved.error.sum()))
     packed = _packed(x_RK, solved, policy, importance)
     kinds = None if solved.kinds is None else pack_bits(solved.kinds)
     return QTensor(packed, solved.scale, None, solved.fmt, shape, x.dtype, solved.factor, kinds)
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Solved:
     """Stored scales of a matrix, their factor, the squared error of each group, and which groups of a mix are flint."""
 
     fmt: Format
@@ -72,8 +74,13 @@ class _Solved:
     kinds: torch.Tensor | None = None
 
 
-def _solve_choice(x_RK: torch.Tensor, fmt: Format, policy: str, importance: torch.Tensor | None) -> _Solved:
-    """Resolves types that are a choice, by the sum of squared errors over the tensor (mix: over each group)."""
+def solve(
+    x_RK: torch.Tensor, fmt: Format, policy: str, importance: torch.Tensor | None, *, by_row: bool = False
+) -> list[Solved]:
+    """Scales for each type that a choice leaves open (of a mix: for each group's better one, so one entry).
+
+    by_row: each row of x [R, K] as if it were alone, with a factor of its own.
+    """
     element = fmt.dtype
     if isinstance(element, TypeChoice):
         members = [replace(fmt, dtype=member) for member in element.choices]
@@ -86,27 +93,26 @@ def _solve_choice(x_RK: torch.Tensor, fmt: Format, policy: str, importance: torc
     raws = [torch.cat([_raw_scale(block, member, policy) for block in blocks], dim=1).float() for member in members]
     if isinstance(element, PairType) and element.kind == "mix":
         # One factor for both kinds, from the start: a scale that is rounded twice is not the one that was chosen.
-        factor = scales.factor_for(torch.maximum(*raws), fmt.storage, used)
+        factor = scales.factor_for(torch.maximum(*raws), fmt.storage, used, by_row=by_row)
         plain, flint = (
             _rounded(blocks, raw, member, policy, factor) for raw, member in zip(raws, members, strict=True)
         )
-        return _mixed(fmt, plain, flint)
-    tried = [
-        _rounded(blocks, raw, member, policy, scales.factor_for(raw, member.storage, used))
+        return [_mixed(fmt, plain, flint)]
+    return [
+        _rounded(blocks, raw, member, policy, scales.factor_for(raw, member.storage, used, by_row=by_row))
         for raw, member in zip(raws, members, strict=True)
     ]
-    return min(tried, key=lambda solved: float(solved.error.sum()))
 
 
-def _mixed(fmt: Format, plain: _Solved, flint: _Solved) -> _Solved:
+def _mixed(fmt: Format, plain: Solved, flint: Solved) -> Solved:
     """Each group takes the kind with the smaller error; both have the same factor."""
     is_flint = flint.error < plain.error
     real = torch.where(is_flint, scales.real(flint.scale, flint.factor), scales.real(plain.scale, plain.factor))
     error = torch.minimum(flint.error, plain.error)
-    return _Solved(fmt, scales.store(real, fmt.storage, plain.factor), plain.factor, error, is_flint)
+    return Solved(fmt, scales.store(real, fmt.storage, plain.factor), plain.factor, error, is_flint)
 
 
-def _rounded(blocks: list[Block], raw: torch.Tensor, fmt: Format, policy: str, factor: torch.Tensor | None) -> _Solved:
+def _rounded(blocks: list[Block], raw: torch.Tensor, fmt: Format, policy: str, factor: torch.Tensor | None) -> Solved:
     """Scales [R, G] → as stored relative to the factor, and the errors under them."""
     stored, errors, column = [], [], 0
     for block in blocks:
@@ -122,7 +128,7 @@ def _rounded(blocks: list[Block], raw: torch.Tensor, fmt: Format, policy: str, f
     # float8 cannot be concatenated everywhere; bytes can.
     scale = torch.cat([part.view(torch.uint8) for part in stored], dim=1).view(stored[0].dtype)
     scale = scale.reshape(1) if fmt.granularity.kind == "tensor" else scale
-    return _Solved(fmt, scale, factor, torch.cat(errors, dim=1))
+    return Solved(fmt, scale, factor, torch.cat(errors, dim=1))
 
 
 def _raw_scale(block: Block, fmt: Format, policy: str) -> torch.Tensor:
@@ -149,7 +155,7 @@ def _blocks(x_RK: torch.Tensor, fmt: Format, importance: torch.Tensor | None) ->
     return found
 
 
-def _packed(x_RK: torch.Tensor, solved: _Solved, policy: str, importance: torch.Tensor | None) -> torch.Tensor:
+def _packed(x_RK: torch.Tensor, solved: Solved, policy: str, importance: torch.Tensor | None) -> torch.Tensor:
     """The bytes of the whole matrix, a slice of rows at a time: what is needed beside it stays small."""
     step = max(1, _SLICE // x_RK.shape[1])
     real = scales.real(solved.scale, solved.factor)
@@ -170,8 +176,7 @@ def _packed_rows(
     policy: str,
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    columns = x_RK.shape[1]
-    scale = fmt.granularity.spread(scale, columns)
+    scale = fmt.granularity.spread(scale, x_RK.shape[1])
     if isinstance(fmt.dtype, QDtype):
         return pack(to_codes(x_RK, scale, None, fmt), fmt.dtype.bits)
     u_RK = (x_RK / scale).float()
@@ -183,21 +188,27 @@ def _packed_rows(
         for member in (fmt.dtype.with_kind(kind) for kind in fmt.dtype.choices)
     )
     # Groups have an even size, so a byte belongs to one group.
-    return torch.where(fmt.granularity.spread(kinds, columns)[:, ::2], flint, plain)
+    return torch.where(fmt.granularity.spread(kinds, x_RK.shape[1])[:, ::2], flint, plain)
 
 
-def _affine(x_RK: torch.Tensor, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
+def affine_params(
+    x_RK: torch.Tensor, fmt: Format, *, by_row: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Of an affine format: scales as stored, their factor, and zero points int32. by_row: as in `solve`."""
     ranges = [find_range(block, fmt) for block in fmt.granularity.blocks(x_RK)]
     lo, hi = (torch.cat([pair[i] for pair in ranges], dim=1) for i in (0, 1))
     if fmt.granularity.kind == "tensor":
         lo, hi = lo.reshape(1), hi.reshape(1)
-    real, _ = qparams(lo, hi, fmt)
-    factor = scales.factor_for(real, fmt.storage, (lo != 0) | (hi != 0))
-    scale = scales.store(real, fmt.storage, factor)
-    real = scales.real(scale, factor)
-    zero_point = zero_points(lo, real, fmt)
-    spread = fmt.granularity.spread
-    codes_RK = to_codes(x_RK, spread(real, x_RK.shape[1]), spread(zero_point, x_RK.shape[1]), fmt)
+    exact, _ = qparams(lo, hi, fmt)
+    factor = scales.factor_for(exact, fmt.storage, (lo != 0) | (hi != 0), by_row=by_row)
+    scale = scales.store(exact, fmt.storage, factor)
+    return scale, factor, zero_points(lo, scales.real(scale, factor), fmt)
+
+
+def _affine(x_RK: torch.Tensor, fmt: Format, shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
+    scale, factor, zero_point = affine_params(x_RK, fmt)
+    spread, columns = fmt.granularity.spread, x_RK.shape[1]
+    codes_RK = to_codes(x_RK, spread(scales.real(scale, factor), columns), spread(zero_point, columns), fmt)
     stored_zero = zero_point.to(fmt.integer.storage) if fmt.rule.zero_exact else zero_point
     return QTensor(pack(codes_RK, fmt.dtype.bits), scale, stored_zero, fmt, shape, dtype, factor)
 

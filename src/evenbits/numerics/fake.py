@@ -1,8 +1,8 @@
 """`fake_quantize`: what a tensor becomes when it is encoded and decoded, for activations on their way into a layer.
 
-With a calibrated scale the numbers are snapped directly; without one each call encodes and decodes for real. A row that
-holds
-a NaN or an infinity comes out as NaN: it has no codes, and must not come out as plausible numbers.
+With a calibrated scale the numbers are snapped directly; without one each row is encoded and decoded by itself
+(numerics/rows.py). A row that holds a NaN or an infinity comes out as NaN: it has no codes, and must not come out as
+plausible numbers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 
 from evenbits.numerics import elements
 from evenbits.numerics.affine import from_codes, to_codes
-from evenbits.numerics.encode import encode
 from evenbits.numerics.format import Format
 from evenbits.numerics.qdtypes import QDtype
+from evenbits.numerics.rows import round_rows
 
 
 def fake_quantize(
@@ -25,7 +25,8 @@ def fake_quantize(
 ) -> torch.Tensor:
     """x [..., K] → the values it would have after encoding to `fmt`, same shape and type.
 
-    scale, zero_point: calibrated ones ([1]); without them they are taken from x, as `encode` does.
+    scale, zero_point: calibrated ones ([1]); without them every row's are taken from that row
+        alone, as `encode` does (of formats with one scale per tensor: from x).
     """
     if not x.numel():
         return x
@@ -33,7 +34,7 @@ def fake_quantize(
     broken_M1 = ~x_MK.isfinite().all(dim=1, keepdim=True)
     x_MK = x_MK.masked_fill(broken_M1, 0.0)
     if scale is None:
-        y_MK = encode(x_MK, fmt).dequantize(torch.float32)
+        y_MK = round_rows(x_MK, fmt)
     elif isinstance(fmt.dtype, QDtype):
         y_MK = from_codes(to_codes(x_MK, scale, zero_point, fmt), scale, zero_point)
     else:

@@ -199,8 +199,8 @@ def _check(fmt: Format, spelling: str) -> None:
         raise EvenbitsError(f"{spelling!r}: 'free' belongs to affine formats; spell it {spelling + ':affine'!r}.")
     if isinstance(dtype, PairType) and fmt.granularity.kind == "axis":
         raise EvenbitsError(f"{spelling!r}: pairs run along the last dimension; use row, tensor or gN.")
-    if rule.range == "3sigma" and not (isinstance(dtype, PairType) and fmt.granularity.kind in ("row", "tensor")):
-        raise EvenbitsError(f"{spelling!r}: '3sigma' is for pairs with a scale per row or tensor.")
+    if rule.range == "3sigma" and not isinstance(dtype, PairType):
+        raise EvenbitsError(f"{spelling!r}: '3sigma' is for pairs.")
     if isinstance(dtype, PairType) and dtype.kind == "mix" and fmt.granularity.kind != "group":
         raise EvenbitsError(f"{spelling!r}: a kind for each group needs groups, such as 'ovp4-mix:g32'.")
 

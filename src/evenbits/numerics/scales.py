@@ -13,7 +13,6 @@ A scale that is not zero never becomes zero: it is rounded up to the smallest on
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -23,21 +22,31 @@ _E4M3_LARGEST, _E4M3_SMALLEST = 448.0, 2.0**-9
 _FLOAT16_RANGE = (2.0**-13, 2.0**15)
 
 
-def factor_for(scale: torch.Tensor, storage: Storage, used: torch.Tensor | None = None) -> torch.Tensor | None:
-    """The per-tensor factor (float32 [1]) that scales of a tensor are stored relative to, or None if there is none.
+def factor_for(
+    scale: torch.Tensor, storage: Storage, used: torch.Tensor | None = None, *, by_row: bool = False
+) -> torch.Tensor | None:
+    """The factor (float32 [1], of a tensor) that scales are stored relative to, or None if there is none.
 
     used: bool like scale, False for groups of zeros: their scale says nothing and must not crowd out the others.
+    by_row: a factor for each row of scales [R, G] instead, [R, 1], as if each row were a tensor: 1 where there is none.
     """
-    if used is not None and bool(used.any()):
-        scale = scale[used]
-    largest = float(scale.max())
+    if storage not in ("e4m3", "float16"):
+        return None
+    scale = scale if by_row else scale.reshape(1, -1)
+    used = torch.ones_like(scale, dtype=torch.bool) if used is None else used.reshape(scale.shape)
+    used = used | ~used.any(dim=1, keepdim=True)
+    largest = scale.masked_fill(~used, 0.0).amax(dim=1, keepdim=True)
     if storage == "e4m3":
-        return torch.tensor([max(largest / _E4M3_LARGEST, torch.finfo(torch.float32).tiny)], device=scale.device)
-    if storage == "float16":
-        low, high = _FLOAT16_RANGE
-        if float(scale.min()) < low or largest > high:
-            return torch.tensor([2.0 ** (math.floor(math.log2(largest)) - 10)], device=scale.device)
-    return None
+        factor = (largest.double() / _E4M3_LARGEST).clamp(min=torch.finfo(torch.float32).tiny).float()
+        return factor if by_row else factor.reshape(1)
+    low, high = _FLOAT16_RANGE
+    smallest = scale.masked_fill(~used, torch.inf).amin(dim=1, keepdim=True)
+    outside = (smallest < low) | (largest > high)
+    if not by_row and not bool(outside):
+        return None
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 11)
+    factor = torch.where(outside, power, torch.ones_like(power))
+    return factor if by_row else factor.reshape(1)
 
 
 def store(scale: torch.Tensor, storage: Storage, factor: torch.Tensor | None) -> torch.Tensor:
@@ -62,12 +71,13 @@ def real(stored: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
 
 
 def neighbours(stored: torch.Tensor) -> list[torch.Tensor]:
-    """Of one-byte scales: those one step below and above each of `stored`; of others nothing, their steps are fine."""
+    """Of one-byte scales: those up to two steps below and above each of `stored` (powers of two: one step); of others
+    nothing, their steps are fine."""
     if stored.dtype == torch.float8_e4m3fn:
-        lowest, highest = 1, 126
+        lowest, highest, steps = 1, 126, [-2, -1, 1, 2]
     elif stored.dtype == torch.uint8:
-        lowest, highest = 0, 254
+        lowest, highest, steps = 0, 254, [-1, 1]
     else:
         return []
     codes = stored.view(torch.uint8).to(torch.int16)
-    return [(codes + step).clamp(lowest, highest).to(torch.uint8).view(stored.dtype) for step in (-1, 1)]
+    return [(codes + step).clamp(lowest, highest).to(torch.uint8).view(stored.dtype) for step in steps]

@@ -15,11 +15,11 @@ import torch
 from evenbits.errors import EvenbitsError
 from evenbits.numerics import elements
 from evenbits.numerics.affine import symmetric_scale
+from evenbits.numerics.blocks import Block
 from evenbits.numerics.elements import PairType, TypeChoice
 from evenbits.numerics.format import Format
-from evenbits.numerics.search import Block
 
-_PAIR_RATIOS = tuple(0.2 * 1.13**i for i in range(21))  # 0.2 … 2.3 times 3σ
+_PAIR_RATIOS = tuple(0.2 * 1.04**i for i in range(66))  # 0.2 … 2.56 times 3σ
 _RATIOS = tuple(1.05**-i for i in range(40))  # 1.0 … 0.15 times absmax
 _RELEASED = tuple(percent / 100 for percent in range(75, 250, 2))
 _TINY = torch.finfo(torch.float32).tiny
