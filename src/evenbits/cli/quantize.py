@@ -74,9 +74,33 @@ def quantize(
 
 def _show(run: Run, model: str) -> None:
     from evenbits.checkpoints.sources import is_python
-    from evenbits.reporting.tables import notes, show, size, table
+    from evenbits.reporting.tables import show, size
 
     result = run.result
+    _show_layers(result)
+    if result.probe:
+        show(_speeds(result), "")
+    if result.notes:
+        show(*result.notes, "")
+    ratio = result.weight_bytes / result.float_weight_bytes
+    show(
+        f"Quantized weights: {size(result.float_weight_bytes)} in float32 → {size(result.weight_bytes)} in memory "
+        f"({ratio:.4f}), {size(run.weight_bytes_on_disk)} on disk. Whole folder: {size(run.file_bytes)}.",
+        f"{result.seconds:.1f} s ({result.search.seconds:.1f} s of it scale search), peak memory "
+        f"{size(result.peak_bytes)}, products: {result.backend}.",
+        f"Written to {run.path}, read back, equal bit for bit ({run.compared}).",
+        "",
+        f"Next: evenbits inspect {run.path}",
+        f"      evenbits evaluate {run.path} --task … --data FILE{f' --model {model}' if is_python(model) else ''}",
+    )
+    given = ", the_float_model" if is_python(model) else ""
+    show(f"      python -c \"import evenbits; model = evenbits.load('{run.path}'{given})\"")
+
+
+def _show_layers(result: Result) -> None:
+    """What became of every layer and region, and the largest errors."""
+    from evenbits.reporting.tables import notes, show, table
+
     columns = ["layer", "weights", "inputs", "bits", "SQNR dB", "output SQNR dB"]
     quantized = [
         (row.name, row.format, row.input_format, row.bits_per_weight, row.sqnr_db, row.output_sqnr_db)
@@ -97,23 +121,6 @@ def _show(run: Run, model: str) -> None:
             + ", ".join(f"{row.name} ({row.output_sqnr_db:.1f} dB)" for row in worst)
             + ". To keep one in float: --ignore NAME."
         )
-    if result.probe:
-        show(_speeds(result), "")
-    if result.notes:
-        show(*result.notes, "")
-    ratio = result.weight_bytes / result.float_weight_bytes
-    show(
-        f"Quantized weights: {size(result.float_weight_bytes)} in float32 → {size(result.weight_bytes)} in memory "
-        f"({ratio:.4f}), {size(run.weight_bytes_on_disk)} on disk. Whole folder: {size(run.file_bytes)}.",
-        f"{result.seconds:.1f} s ({result.search.seconds:.1f} s of it scale search), peak memory "
-        f"{size(result.peak_bytes)}, products: {result.backend}.",
-        f"Written to {run.path}, read back, equal bit for bit ({run.compared}).",
-        "",
-        f"Next: evenbits inspect {run.path}",
-        f"      evenbits evaluate {run.path} --task … --data FILE{f' --model {model}' if is_python(model) else ''}",
-    )
-    given = ", the_float_model" if is_python(model) else ""
-    show(f"      python -c \"import evenbits; model = evenbits.load('{run.path}'{given})\"")
 
 
 def _speeds(result: Result) -> Table:
