@@ -55,9 +55,11 @@ def token_ids(model: nn.Module, batch: int) -> torch.Tensor:
 
 
 def ours(model: nn.Module, scheme: Any) -> nn.Module:
+    """Head included (`evenbits quantize --head`), as in fbgemm's and torchao's rows."""
     import evenbits
+    from evenbits.schemes.scheme import resolve
 
-    evenbits.quantize(model, scheme=scheme, method="rtn")
+    evenbits.quantize(model, scheme=resolve(scheme).with_head(), method="rtn")
     return model
 
 
