@@ -76,7 +76,7 @@ def test_a_grid_stays_inside_its_ends_and_goes_as_far_as_it_can(low: float, high
     ["", "much", "Auto", "auto:", "auto:0.5", "auto:0.3:0.7", "auto:0.3:0.7:0.1:0.2", "auto:a:b:c", "auto:0.1:0.9:"],
 )
 def test_what_is_no_grid(text: str) -> None:
-    with pytest.raises(EvenbitsError, match=r"'auto' or 'auto:LOW:HIGH:STEP'.*given '" + text):
+    with pytest.raises(EvenbitsError, match=r"'auto' or 'auto:LOW:HIGH:STEP'.*given the string '" + text):
         AlphaGrid.parse(text)
 
 

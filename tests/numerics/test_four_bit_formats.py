@@ -80,7 +80,7 @@ def test_one_spelling_is_stored(spelling: str, stored: str) -> None:
         ("nvfp4:mse:minmax", "contradict"),
         ("abfloat4_b2:row", "has no zero"),
         ("upot8:row", "beyond float32"),
-        ("fp5:row", "spell it, such as fp5_e3m1"),
+        ("fp5:row", "spell it out: fp5_e1m3, fp5_e2m2, fp5_e3m1"),
     ],
 )
 def test_formats_that_do_not_exist(spelling: str, words: str) -> None:

@@ -214,7 +214,7 @@ def test_calibration_weighs_and_without_it_nothing_is_weighed() -> None:
 
 def test_a_smoothed_layer_is_weighed_by_its_smoothed_input() -> None:
     """smoothquant and olive together: the weight is W·s, its column's weight E[x²] / s²."""
-    torch.manual_seed(2)
+    torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, 6)).eval()
     weight, spread = model[2].weight.detach().clone(), torch.logspace(-1, 1, D)
     with torch.no_grad():

@@ -30,7 +30,7 @@ def fake_quantize(
     """
     if not x.numel():
         return x
-    x_MK = x.reshape(-1, x.shape[-1]).float()
+    x_MK = x.detach().reshape(-1, x.shape[-1]).float()
     broken_M1 = ~x_MK.isfinite().all(dim=1, keepdim=True)
     x_MK = x_MK.masked_fill(broken_M1, 0.0)
     if scale is None:
