@@ -239,7 +239,8 @@ def test_a_task_that_counts_no_right_answers_has_no_paired_test(
 def test_pairs_and_int8_keep_the_accuracy_of_minilm(test_data: Path, tmp_path: Path) -> None:
     """W4A8_OVP against float on all sentences of SST-2's dev set."""
     recipe = _recipe(
-        tmp_path, model=str(test_data / "minilm_glue" / "sst2"), evaluation=str(test_data / "sst2" / "dev.tsv"), samples=32,
+        tmp_path, model=str(test_data / "minilm_glue" / "sst2"), samples=32,
+        evaluation=str(test_data / "sst2" / "dev.tsv"),
         calibration=str(test_data / "sst2" / "train.tsv"), runs=[{"name": "W4A8", "scheme": "W4A8_OVP"}],
     )  # fmt: skip
     table = make_table(recipe, test_data, say=lambda _: None)
