@@ -1,6 +1,7 @@
 """Why does training break at 8 to 11 bits per tensor? Fine-tuning with quantized activations and gradients.
 
     python benchmarks/collapse.py --data DIR --out RUNS             # every run that RUNS does not hold yet
+    python benchmarks/collapse.py --data DIR --out RUNS --size 96 --known benchmarks/results/collapse-96px.jsonl
     python benchmarks/collapse.py --out RUNS --table                # the tables of docs/collapse.md from RUNS
     python benchmarks/collapse.py --out RUNS --picture FILE.svg     # the curves
     python benchmarks/collapse.py --data DIR --out RUNS --smoke     # 20 steps of two runs
@@ -22,7 +23,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--size", type=int, default=48, help="pixels")
     parser.add_argument("--table", action="store_true", help="print the tables and make no run")
+    parser.add_argument("--known", type=Path, help="JSON-lines file of runs that need not be made again")
     parser.add_argument("--lines", type=Path, help="write the runs into one JSON-lines file")
     parser.add_argument("--picture", type=Path, help="draw the curves")
     parser.add_argument("--smoke", action="store_true", help="two runs of 20 steps, for the tests")
@@ -265,6 +267,9 @@ def main() -> None:
         parser.error("--data names the folder of the data; nothing is downloaded")
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
+    for known in read(given.known) if given.known else ():
+        named = Setting(**{field.name: known[field.name] for field in fields(Setting) if field.name in known}).name
+        (given.out / f"{named}.json").write_text(json.dumps(known), encoding="utf-8")
     settings = list(plan(given.seeds, steps=given.steps, size=given.size))
     if given.smoke:
         small = {"steps": 20, "size": 32, "batch": 8, "train": 128, "test": 50}
