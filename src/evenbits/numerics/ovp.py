@@ -207,24 +207,33 @@ def legal_bytes(kind: PairKind) -> torch.Tensor:
     return ~((low == 8) & ((high == 8) | (high == 0)) | (high == 8) & (low == 0))
 
 
+_CHECKED = 1 << 18  # bytes at a time
+
+
 def first_illegal(bytes_RB: torch.Tensor, kind: PairKind) -> tuple[int, int, bytes] | None:
     """The first illegal pair of uint8 [R, B]: (row, offset of its first byte in the row, its byte or bytes), or None.
 
     4 bits: 0x88, 0x08 and 0x80. 8 bits (B even): the identifier 0x80 beside another one, or beside what is no outlier
     code: a byte whose lower seven bits are 0 or above 64. Everything else an encoder may write.
     """
+    rows = max(1, _CHECKED // max(1, bytes_RB.shape[1]))  # some at a time: a checkpoint is checked while it is loaded
+    for start in range(0, len(bytes_RB), rows):
+        illegal = _illegal(bytes_RB[start : start + rows], kind)
+        if bool(illegal.any()):
+            row, pair = (int(index) for index in illegal.nonzero()[0])
+            width = kind.bits // 4
+            return start + row, pair * width, bytes(bytes_RB[start + row, pair * width : (pair + 1) * width].tolist())
+    return None
+
+
+def _illegal(bytes_RB: torch.Tensor, kind: PairKind) -> torch.Tensor:
+    """Which pairs of uint8 [R, B] no encoder writes: bool [R, pairs]."""
     if kind.bits == 4:
-        illegal = (bytes_RB == 0x88) | (bytes_RB == 0x08) | (bytes_RB == 0x80)
-    else:
-        pairs = bytes_RB.reshape(len(bytes_RB), -1, 2)
-        magnitude = pairs & 0x7F
-        outlier = (magnitude > 0) & (magnitude <= len(kind.outliers))
-        illegal = ((pairs == IDENTIFIER[8]) & ~outlier.flip(-1)).any(dim=-1)
-    if not bool(illegal.any()):
-        return None
-    row, pair = (int(index) for index in illegal.nonzero()[0])
-    width = kind.bits // 4
-    return row, pair * width, bytes(bytes_RB[row, pair * width : (pair + 1) * width].tolist())
+        return (bytes_RB == 0x88) | (bytes_RB == 0x08) | (bytes_RB == 0x80)
+    pairs = bytes_RB.reshape(len(bytes_RB), -1, 2)
+    magnitude = pairs & 0x7F
+    outlier = (magnitude > 0) & (magnitude <= len(kind.outliers))
+    return ((pairs == IDENTIFIER[8]) & ~outlier.flip(-1)).any(dim=-1)
 
 
 @cache
