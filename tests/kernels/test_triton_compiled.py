@@ -181,22 +181,6 @@ def test_packed_products_with_floats_are_matrix_instructions(dtype: torch.dtype,
         assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", compiled.ptx)
 
 
-@pytest.mark.parametrize(("capability", "name"), [(89, r"mma\.sync.*"), (90, r"wgmma\.mma_async.*")])
-def test_products_with_e4m3_are_matrix_instructions(capability: int, name: str, tmp_path: Path) -> None:
-    """Of FP8, few instructions for a weight; on Hopper sums of 64 products go to float32, by additions of its own."""
-    from evenbits.kernels.triton import calls
-
-    compiled = _pair("ovp4-int:row:minmax", 1, torch.float8_e4m3fn, capability)
-    kinds, loop, tile = compiled.matrix(), compiled.loop(tmp_path), calls.tiles(1, packed=True)
-    assert kinds and all(re.fullmatch(name + r"\.f32\.e4m3\.e4m3(\.f32)?", kind) for kind in kinds), kinds
-    assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", compiled.ptx) and "fma." not in compiled.ptx
-    assert compiled.shared <= 99 * 1024 and compiled.spilled(tmp_path) == 0
-    count = sum(number for instruction, number in loop.items() if instruction in INTEGER)
-    assert count / (2 * tile.n * tile.k / (32 * tile.warps)) <= 4.4, dict(loop)
-    sums = tile.n * tile.m / (32 * tile.warps)
-    assert loop["FADD"] == (2 * tile.k / 64 * sums if capability == 90 else 0)
-
-
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "silu"])
 def test_no_product_and_sum_are_contracted(activation: str, tmp_path: Path) -> None:
     """Where bits are claimed. A division is one instruction of PTX; in SASS it is a few, correctly rounded."""
