@@ -9,6 +9,7 @@ is all there is); --width, --length, --batch and --microbatches set how much tra
 written to a file as soon as it is measured; the same command goes on where it was interrupted. Per cell:
 
     seconds     median of the measured steps, after one that is not measured: the slowest rank's, optimizer included
+    best        the fastest of them
     share       of a stock step: 1 − (stock step without a limit) / (this step), what the link is responsible for
     gain        stock step / this step, on the same link
     predicted   seconds by comms/simulate.py from costs that were clocked in other runs (pipeline_forecast.py); error %
@@ -37,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -182,20 +184,22 @@ def summary(rows: list[Row]) -> str:
     """How far the predictions were off, and where a codec lost."""
     lines = []
     for stages in sorted({r["stages"] for r in rows}):
-        errors = sorted(abs(r["error"]) for r in rows if r["stages"] == stages)
         most = 0.15 if stages == 2 else 0.30
-        within = f"within {100 * most:.0f} % in {sum(e <= most for e in errors)} of {len(errors)} cells"
-        figures = f"{100 * statistics.median(errors):.0f} % in the median, {100 * errors[-1]:.0f} % at most"
-        lines.append(f"{stages} stages: prediction off by {figures}; {within}")
+        for which, key in (("median", "seconds"), ("fastest", "best")):
+            errors = sorted(abs(r["predicted"] / r[key] - 1) for r in rows if r["stages"] == stages)
+            within = f"within {100 * most:.0f} % in {sum(e <= most for e in errors)} of {len(errors)} cells"
+            figures = f"{100 * statistics.median(errors):.0f} % in the median, {100 * errors[-1]:.0f} % at most"
+            lines.append(f"{stages} stages: prediction off by {figures} of the {which} step; {within}")
     coded = [r for r in rows if r.get("gain") is not None]
     lost = [r for r in coded if r["gain"] < 1 - EVEN]
     missed = [cell_of(r) for r in lost if r["verdict"] == "pays"]
     lines.append(f"a codec lost more than {100 * EVEN:.0f} % in {len(lost)} of {len(coded)} cells")
     lines.append(f"the planner had said that it pays in {len(missed)} of these: {missed}")
-    shared = {(r["stages"], r["rate"], r["schedule"]): r["share"] for r in rows if r["share"] is not None}
+    cell = itemgetter("stages", "rate", "schedule", "microbatches")
+    shared = {cell(r): r["share"] for r in rows if r["share"] is not None}
     for most, least in ((0.6, 2.0), (0.5, 1 / 0.77)):
         wide = {key for key, share in shared.items() if share >= most}
-        here = [r for r in coded if "int" in r["codec"] and (r["stages"], r["rate"], r["schedule"]) in wide]
+        here = [r for r in coded if "int" in r["codec"] and cell(r) in wide]
         short = [cell_of(r) for r in here if r["gain"] < least]
         count = f"{len(here) - len(short)} of {len(here)} cells; short of it: {short}"
         lines.append(f"link >= {100 * most:.0f} % of the stock step: int8, int4 {least:.2f} times faster in {count}")

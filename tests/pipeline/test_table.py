@@ -131,11 +131,11 @@ def test_figures_are_those_of_an_independent_evaluation(made: tuple[Table, list[
 
 def test_json(made: tuple[Table, list[str]]) -> None:
     plain = json.loads(json.dumps(made[0].to_json(), allow_nan=False))
-    assert set(plain) == {"title", "metric", "n", "rows"}
+    assert set(plain) == {"title", "metric", "n", "rows", "reference"}
     for row in plain["rows"]:
         assert set(row) == {
             "name", "metric", "standard_error", "difference", "paired_error", "p", "bits_per_weight", "weight_bytes",
-            "seconds", "published",
+            "seconds", "published", "divergence",
         }  # fmt: skip
 
 
@@ -248,3 +248,32 @@ def test_pairs_and_int8_keep_the_accuracy_of_minilm(test_data: Path, tmp_path: P
     assert table.n == 872 and first.metric == pytest.approx(0.8739, abs=0.001)
     assert quantized.difference is not None and abs(quantized.difference) <= 0.015
     assert 4 < quantized.bits_per_weight < 4.3
+
+
+def test_divergences_are_those_of_an_independent_computation(data: Path, tmp_path: Path) -> None:
+    """As torch's own kl_div has them, and the pairs' beside the coarse ones' on the same sentences."""
+    table = make_table(_recipe(tmp_path, reference="coarse"), data, say=lambda _: None)
+    logits = []
+    for run in (None, *RUNS):
+        source = open_model(str(data / "models" / "one"))
+        if run is not None:
+            batches = calibration(str(data / "text.txt"), source.model, source.tokenizer, samples=6).batches
+            evenbits.quantize(source.model, scheme=run["scheme"], method=run.get("method"), data=batches)
+        lines = [line.split("\t")[1] for line in (data / "dev.tsv").read_text().splitlines()]
+        with torch.no_grad():
+            given = source.tokenizer(lines, padding=True, return_tensors="pt")
+            logits.append(source.model.eval()(**given).logits.double().log_softmax(dim=1))
+    expected = [
+        torch.nn.functional.kl_div(other, logits[0], log_target=True, reduction="none").sum(dim=1)
+        for other in logits[1:]
+    ]
+    first, pairs, coarse = (row.divergence for row in table.rows)
+    assert table.reference == "coarse" and first is None and pairs is not None and coarse is not None
+    for found, values in ((pairs, expected[0]), (coarse, expected[1])):
+        assert found.mean == pytest.approx(float(values.mean()), rel=1e-3, abs=1e-7) and found.mean > 0
+        assert found.error == pytest.approx(float(values.std()) / math.sqrt(12), rel=1e-3)
+    apart = expected[0] - expected[1]
+    assert pairs.difference == pytest.approx(float(apart.mean()), rel=1e-3)
+    assert pairs.difference < 0  # pairs of 4 bits keep more than 2 bits
+    assert pairs.paired_error == pytest.approx(float(apart.std()) / math.sqrt(12), rel=1e-3)
+    assert (coarse.difference, coarse.paired_error) == (None, None)

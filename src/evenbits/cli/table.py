@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evenbits.cli import options
 from evenbits.cli.output import emit, note, working
+
+if TYPE_CHECKING:
+    from evenbits.pipeline.table import Table
 
 
 def table(
@@ -38,3 +41,21 @@ def table(
     show(draw(f"{made.title}, n = {made.n:,}", columns, rows))
     how = "p: exact McNemar test" if made.metric == "accuracy" else "by bootstrap over items, the same draws for both"
     show(f"±: one standard error; against float: the same items, paired; {how}.")
+    _show_divergences(made)
+
+
+def _show_divergences(made: Table) -> None:
+    """How far each run is from float, where the task has classes; beside the reference run, if there is one."""
+    from evenbits.reporting.tables import show
+    from evenbits.reporting.tables import table as draw
+
+    apart = [(row.name, row.divergence) for row in made.rows if row.divergence is not None]
+    if not apart:
+        return
+    beside = [] if made.reference is None else [f"minus {made.reference}", "±"]
+    figures = []
+    for name, found in apart:
+        numbers = (found.mean, found.error, found.difference, found.paired_error)[: 2 + len(beside)]
+        figures.append((name, *(None if number is None else 1000 * number for number in numbers)))
+    show("", draw("divergence from float", ["run", "mnat", "±", *beside], figures))
+    show("Kullback-Leibler divergence of class probabilities, thousandths of a nat per item; ±: one standard error.")

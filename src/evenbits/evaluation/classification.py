@@ -34,6 +34,7 @@ def classification(
     tokenizer: Tokenizer | None = None,
     batch_size: int = 32,
     max_length: int = 128,
+    log_probabilities: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Accuracy of a classifier, with a 95 % Wilson interval.
@@ -45,6 +46,8 @@ def classification(
         arguments and labels is a tensor of integers [N].
     batch_size: inputs per call of the model; batches handed in keep their own size.
     max_length: longest sentence in tokens; the rest is truncated.
+    log_probabilities: keep those of every class for every input (4 bytes each), so that two models can be compared by
+        their divergence (evaluation/divergence.py).
 
     Metrics: accuracy, matthews and, for two classes, f1. items are 1 (right) or 0 (wrong) per input, outcomes the
     predicted and the true class.
@@ -54,6 +57,7 @@ def classification(
     pairs, total = _batches(data, tokenizer, batch_size, max_length)
     predicted: list[torch.Tensor] = []
     true: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
     classes = 0
     with evaluating(model) as device, progress_bar("classification", total, "batch", progress) as advance:
         for inputs, labels in pairs:
@@ -63,10 +67,11 @@ def classification(
             _check(logits, labels, done=sum(len(part) for part in true))
             predicted.append(logits.argmax(dim=1).cpu())
             true.append(labels.cpu().to(torch.int64))
+            kept.extend([logits.float().log_softmax(dim=1).cpu()] if log_probabilities else [])
             advance(1)
     if not true:
         raise EvenbitsError("there is nothing to classify: the data gave no batches")
-    return _result(torch.cat(predicted), torch.cat(true), classes)
+    return _result(torch.cat(predicted), torch.cat(true), classes, torch.cat(kept) if kept else None)
 
 
 def _batches(
@@ -153,7 +158,9 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, done: int) -> None:
         )
 
 
-def _result(predicted: torch.Tensor, true: torch.Tensor, classes: int) -> Evaluation:
+def _result(
+    predicted: torch.Tensor, true: torch.Tensor, classes: int, log_probabilities: torch.Tensor | None
+) -> Evaluation:
     """Metrics of predicted [N] and true [N] classes."""
     outcomes = tuple(zip(predicted.tolist(), true.tolist(), strict=True))
     items, counts = tuple(int(a == b) for a, b in outcomes), count(predicted.tolist(), true.tolist(), classes)
@@ -163,4 +170,4 @@ def _result(predicted: torch.Tensor, true: torch.Tensor, classes: int) -> Evalua
         metrics["matthews"] = 0.0
         notes = ("matthews is 0 by convention: the predictions or the labels are all one class",)
     interval = wilson(sum(items), len(items))
-    return Evaluation("classification", metrics, len(items), interval, items, notes, outcomes)
+    return Evaluation("classification", metrics, len(items), interval, items, notes, outcomes, log_probabilities)

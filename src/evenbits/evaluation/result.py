@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 Items = tuple[int, ...] | tuple[tuple[float, int], ...]
 
@@ -21,6 +23,7 @@ class Evaluation:
         a class that is right or wrong, (negative log-likelihood in nats, predicted tokens) for a document.
     notes: sentences about how the data was treated: what was truncated, cut or left out.
     outcomes: of a classification, (predicted class, true class) per item: what other figures than accuracy are made of.
+    log_probabilities: of a classification that was asked to keep them, float32 [n, classes]; not compared, not shown.
     """
 
     task: str
@@ -30,6 +33,7 @@ class Evaluation:
     items: Items
     notes: tuple[str, ...] = ()
     outcomes: tuple[tuple[int, int], ...] = ()
+    log_probabilities: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the items and outcomes, as plain JSON values; a number that is not finite becomes None."""

@@ -24,17 +24,29 @@ class PairLoss:
     def __init__(self, x_RGg: torch.Tensor, unit_RG: torch.Tensor, importance_Gg: torch.Tensor | None) -> None:
         """x: groups of an even size; unit: positive, [R, G] or [1, 1]; importance: weights of the squared error."""
         relative = (x_RGg / unit_RG.unsqueeze(-1)).float().abs_()
-        self._x_2RGP = torch.stack([relative[..., 0::2], relative[..., 1::2]])
+        rows, groups, size = relative.shape
+        # Short groups one beside the other: loops over sixteen numbers would be mostly loop.
+        self._across = size // 2 < rows * groups
+        self._x_2RGP = self._halves(relative)
         del relative  # its room is wanted
-        self._h_21GP = None
-        if importance_Gg is not None:
-            self._h_21GP = torch.stack([importance_Gg[..., 0::2], importance_Gg[..., 1::2]]).unsqueeze(1)
+        self._h_21GP = None if importance_Gg is None else self._halves(importance_Gg.unsqueeze(0))
         self._u, self._n, self._o = (torch.empty_like(self._x_2RGP) for _ in range(3))
+
+    def _halves(self, x_RGg: torch.Tensor) -> torch.Tensor:
+        """Even and odd elements, each [R, G, P], or [P, R, G] where groups lie beside each other."""
+        even, odd = x_RGg[..., 0::2], x_RGg[..., 1::2]
+        if self._across:
+            even, odd = even.movedim(-1, 0), odd.movedim(-1, 0)
+        both = x_RGg.new_empty(2, *even.shape)  # torch.stack may keep the order of strides
+        both[0].copy_(even)
+        both[1].copy_(odd)
+        return both
 
     def __call__(self, scale_RG: torch.Tensor | float, kind: PairKind, policy: str) -> torch.Tensor:
         """Squared errors float32 [R, G], in squares of the unit. scale: in units, [R, G], or one for all."""
         scale_RG = torch.as_tensor(scale_RG, dtype=torch.float32, device=self._u.device)
-        u = torch.mul(self._x_2RGP, scale_RG.reciprocal().unsqueeze(-1), out=self._u)
+        inverse = scale_RG.reciprocal()
+        u = torch.mul(self._x_2RGP, inverse if self._across else inverse.unsqueeze(-1), out=self._u)
         n, o = self._n, self._o
         far = None if policy == "optimal" else u >= kind.threshold
         even_wins = u[0] >= u[1] if policy == "paper" else None
@@ -50,7 +62,7 @@ class PairLoss:
         else:
             keeps_even = far[0] if even_wins is None else far[0] & (~far[1] | even_wins)
             least = torch.where(keeps_even, even, torch.where(far[1], odd, normal))
-        return least.sum(dim=-1) * scale_RG.square()
+        return least.sum(dim=0 if self._across else -1) * scale_RG.square()
 
 
 def nearest_normal(magnitude: torch.Tensor, kind: PairKind, *, out: torch.Tensor, room: torch.Tensor) -> torch.Tensor:

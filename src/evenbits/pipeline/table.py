@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from evenbits.checkpoints.sources import open_model
+import torch
+
+from evenbits.checkpoints.sources import Source, open_model
 from evenbits.errors import EvenbitsError, unknown_name
 from evenbits.evaluation.class_metrics import METRICS, bootstrap_errors
+from evenbits.evaluation.divergence import Divergence, divergences, summary
 from evenbits.evaluation.paired import paired
 from evenbits.evaluation.result import Evaluation, finite
 from evenbits.evaluation.tasks import evaluate
@@ -24,7 +27,8 @@ from evenbits.schemes.recipe import Recipe, RecipeRun
 @dataclass(frozen=True)
 class TableRow:
     """One run. metric: the recipe's figure, or the task's first; standard_error: binomial of accuracy, by bootstrap of
-    Matthews and F1; difference, paired_error, p: against float on the same items (p of accuracy only)."""
+    Matthews and F1; difference, paired_error, p: against float on the same items (p of accuracy only); divergence: from
+    float, in nats per item, beside that of the recipe's reference run (classes only)."""
 
     name: str
     metric: float
@@ -36,16 +40,19 @@ class TableRow:
     weight_bytes: int | None
     seconds: float | None
     published: float | None
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A finished table. metric: the figure's name; n: items scored."""
+    """A finished table. metric: the figure's name; n: items scored; reference: the run that the divergences of others
+    are compared with."""
 
     title: str
     metric: str
     n: int
     rows: tuple[TableRow, ...]
+    reference: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; infinite figures (a perplexity) are null."""
@@ -60,11 +67,10 @@ def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Cal
     """
     name = model or _below(data, recipe.model)
     source = open_model(name)
-    baseline = evaluate(
-        source.model, task=recipe.task, data=_below(data, recipe.evaluation), tokenizer=source.tokenizer
-    )
+    baseline = _scored(recipe, source, data)
     metric = _metric(recipe, baseline)
     rows = [_row("float", metric, baseline, None, None, recipe.published)]
+    lost: dict[str, torch.Tensor] = {}
     for run in recipe.runs:
         say(f"{run.name} …")
         try:
@@ -72,7 +78,25 @@ def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Cal
         except EvenbitsError as error:
             raise EvenbitsError(f"run {run.name!r}: {error}") from error
         rows.append(_row(run.name, metric, scored, baseline, result, run.published))
-    return Table(recipe.title, metric, baseline.n, tuple(rows))
+        if baseline.log_probabilities is not None and scored.log_probabilities is not None:
+            lost[run.name] = divergences(baseline.log_probabilities, scored.log_probabilities)
+    return Table(recipe.title, metric, baseline.n, _with_divergences(rows, lost, recipe.reference), recipe.reference)
+
+
+def _with_divergences(
+    rows: list[TableRow], lost: dict[str, torch.Tensor], reference: str | None
+) -> tuple[TableRow, ...]:
+    """The rows with what each lost of float, beside the reference's once all are known."""
+    found = {}
+    for name, values in lost.items():
+        found[name] = summary(values, lost[reference] if reference in lost and name != reference else None)
+    return tuple(replace(row, divergence=found.get(row.name)) for row in rows)
+
+
+def _scored(recipe: Recipe, source: Source, data: Path) -> Evaluation:
+    kept = {"log_probabilities": True} if recipe.task == "classification" else {}
+    evaluation = _below(data, recipe.evaluation)
+    return evaluate(source.model, task=recipe.task, data=evaluation, tokenizer=source.tokenizer, **kept)
 
 
 def _run(recipe: Recipe, run: RecipeRun, model: str, data: Path) -> tuple[Evaluation, Result]:
@@ -82,8 +106,7 @@ def _run(recipe: Recipe, run: RecipeRun, model: str, data: Path) -> tuple[Evalua
     given = None if recipe.calibration is None else _below(data, recipe.calibration)
     batches = calibration(given, source.model, source.tokenizer, samples=recipe.samples).batches
     result = quantize(source.model, scheme=run.scheme, method=method, data=batches, progress=True, **dict(run.options))
-    evaluation = _below(data, recipe.evaluation)
-    return evaluate(source.model, task=recipe.task, data=evaluation, tokenizer=source.tokenizer), result
+    return _scored(recipe, source, data), result
 
 
 def _below(data: Path, name: str) -> str:

@@ -4,6 +4,7 @@
     model: minilm_glue/sst2          # a folder below the data folder, an absolute one, or a hub id
     task: classification
     metric: matthews                 # optional: the task's first (accuracy) otherwise; F1 is f1
+    reference: int4                  # optional: the run whose divergence from float the others' is compared with
     evaluation: sst2/dev.tsv
     calibration: sst2/train.tsv      # optional
     samples: 128                     # optional
@@ -34,6 +35,7 @@ _VALUES: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "metric": ("text", (str, NoneType)),
     "method": ("text", (str, NoneType)),
     "options": ("keys and values", (dict,)),
+    "reference": ("the name of a run", (str, NoneType)),
     "published": ("a number", (int, float, NoneType)),
     "runs": ("a list", (object,)),
     "samples": ("a whole number", (int,)),
@@ -65,6 +67,7 @@ class Recipe:
     samples: int = 128
     published: float | None = None
     metric: str | None = None
+    reference: str | None = None
 
 
 def shipped() -> list[str]:
@@ -103,6 +106,12 @@ def _recipe(data: Any, source: str) -> Recipe:
             runs.append(RecipeRun(**{**run, "scheme": resolve(run["scheme"])}))
         except EvenbitsError as error:
             raise EvenbitsError(f"{source}, run {run['name']!r}: {error}") from error
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise EvenbitsError(f"{source}: two runs are called {twice!r}; give each its own name.")
+    if keys.get("reference") not in (None, *names):
+        raise unknown_name(f"reference in {source}: a run", keys["reference"], names)
     return Recipe(**{**keys, "runs": tuple(runs)})
 
 
