@@ -16,9 +16,10 @@ from evenbits.numerics.elements import PairType
 from evenbits.numerics.format import Format
 from evenbits.numerics.ovp import PairKind
 from evenbits.numerics.pair_loss import PairLoss
+from evenbits.numerics.threads import one_thread
 
 SLICE = 1 << 15  # elements
-PAIR_SLICE = 1 << 16  # of pairs: two threads have a share each; of small tensors half of that
+PAIR_SLICE = 1 << 16  # of pairs; of small tensors half of that
 _WIDE = 2.0**48
 
 
@@ -30,6 +31,7 @@ class Block:
     shared: bool = False
     importance_Gg: torch.Tensor | None = None
 
+    @one_thread()
     def error(self, scale_RG: torch.Tensor, fmt: Format, policy: str) -> torch.Tensor:
         """Squared error, float64 [R, G] (shared: [1, 1]), of the groups under their scales."""
         rows, groups, size = self.x_RGg.shape

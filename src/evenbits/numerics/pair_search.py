@@ -23,6 +23,7 @@ import torch
 from evenbits.numerics.blocks import Block, or_one, positive
 from evenbits.numerics.ovp import PairKind
 from evenbits.numerics.pair_loss import PairLoss
+from evenbits.numerics.threads import one_thread
 
 RELEASED = tuple(percent / 100 for percent in range(75, 250, 2))
 _COARSE = {  # flint and 8-bit pairs have more room below the top of their normal values, int less
@@ -37,6 +38,7 @@ _FINEST = (0.985, 0.99, 0.995, 1.005, 1.01, 1.015)
 _Loss: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 
 
+@one_thread()
 def searched(
     block: Block, kind: PairKind, policy: str, *, finest: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -90,6 +92,7 @@ def _best_of(
     return best, error
 
 
+@one_thread()
 def released(block: Block, kind: PairKind, policy: str) -> torch.Tensor:
     """Of r · max(|mean ± 3 std|), r = 0.75, 0.77 … 2.49, the best for every group: [R, G] or [1, 1]. Zeros: scale 1."""
     top = block.absmax()
