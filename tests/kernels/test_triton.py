@@ -72,7 +72,7 @@ def test_a_gpu_is_served_by_triton(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("capability", "says"), [((8, 0), "8.9, cuda has 8.0"), ((8, 6), "8.6"), ((8, 9), ""), ((9, 0), "")]
+    ("capability", "says"), [((8, 0), "8.9, cuda has 8.0"), ((8, 6), "8.9, cuda has 8.6"), ((8, 9), ""), ((9, 0), "")]
 )
 def test_fp8_products_need_a_newer_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], says: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -202,10 +202,8 @@ def test_products_with_e4m3(fmt: str, rows: int, most: float, capability: int, n
     that go to float32 by additions of their own."""
     from evenbits.kernels.triton import calls
 
-    compiled, tile = (
-        _pair(fmt, rows, torch.float8_e4m3fn, capability),
-        calls.tiles(rows, True, _packed(fmt).format.granularity.size or 0),
-    )
+    compiled = _pair(fmt, rows, torch.float8_e4m3fn, capability)
+    tile = calls.tiles(rows, True, _packed(fmt).format.granularity.size)
     kinds, loop = compiled.matrix(), compiled.loop(tmp_path)
     assert kinds and all(re.fullmatch(name + r"\.f32\.e4m3\.e4m3(\.f32)?", kind) for kind in kinds), kinds
     assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", compiled.ptx) and "fma." not in compiled.ptx
