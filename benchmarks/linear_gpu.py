@@ -1,4 +1,5 @@
-"""Linear layers on an NVIDIA GPU: int8 and packed 4-bit weights against torch's bfloat16.
+"""Linear layers on an NVIDIA GPU: int8 and packed 4-bit weights against torch's bfloat16. FP8 activations from compute
+capability 8.9 on.
 
     python benchmarks/linear_gpu.py [--json] [--rounds 15] [--shapes 2048x4096x4096,1x4096x11008]
 
@@ -6,7 +7,7 @@ Every variant's result on the GPU is first compared with the CPU's, which is def
 the run. Calls are captured in a CUDA graph, one for each of so many copies of the weight that they do not fit the
 level-2 cache: weights come from memory, as they do in a model. Graphs are replayed in turns; the median of --rounds
 replays counts. Everything from float activations to float results is included. Beside each time: the
-fraction of what this GPU was measured to do, its copy bandwidth and its largest matrix products.
+fraction of what this GPU was measured to do, its copy bandwidth and its largest matrix products (of int8 for FP8 too).
 Exit status 2 without a GPU.
 """
 
@@ -22,8 +23,8 @@ from functools import partial
 import torch
 from machine import fingerprint
 
-from evenbits.kernels import report
-from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_w8a8
+from evenbits.kernels import pair_fp8, report
+from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_pair_fp8, linear_w8a8
 from evenbits.numerics.encode import encode
 
 # rows x columns (inputs) x outputs: prefill, then one token and more
@@ -88,6 +89,8 @@ def checked(m: int, k: int, n: int) -> dict[str, tuple[Call, int, int]]:
         parts = (x, q.packed, q.scale)
         found[f"{name}, int8 activations"] = prepared(integer, *parts, exact=True, **factor)
         found[f"{name}, bfloat16 activations"] = prepared(plain, *parts, **factor)
+        if pair_fp8.is_served("cuda"):
+            found[f"{name}, FP8 activations"] = prepared(partial(linear_pair_fp8, **words), *parts, **factor)
     return found
 
 
@@ -177,7 +180,7 @@ def table(found: dict[str, object]) -> str:
         for shape, taken in columns.items():
             m, k, n = map(int, shape.split("x"))
             seconds = taken[name]["us"] / 1e6
-            integer = name == "W8A8" or "int8" in name
+            integer = name == "W8A8" or "int8" in name or "FP8" in name
             peak = ceilings["int8 a second" if integer else "bfloat16 a second"]
             memory = taken[name]["bytes"] / seconds / ceilings["bytes a second"]
             ratio = taken["torch bfloat16"]["us"] / taken[name]["us"]

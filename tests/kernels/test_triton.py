@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from evenbits.errors import EvenbitsError
-from evenbits.kernels import dispatch, use_backend
+from evenbits.kernels import dispatch, pair_fp8, use_backend
 from evenbits.kernels.triton import loader
 
 HERE = Path(__file__).parent
@@ -24,18 +24,19 @@ needs_triton = pytest.mark.skipif(not INSTALLED, reason="TRITON IS NOT INSTALLED
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    for cached in (dispatch._choose, loader.status):
+    caches = (dispatch._choose, loader.status, loader.e4m3_status)
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (dispatch._choose, loader.status):
+    for cached in caches:
         cached.cache_clear()
 
 
 @needs_triton
 def test_the_interpreter_agrees_with_the_reference() -> None:
-    """interpreted_triton.py, in a process whose kernels are defined for the interpreter."""
+    """interpreted_*.py, in a process whose kernels are defined for the interpreter."""
     options = ["-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / "interpreted_triton.py")]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(HERE.glob("interpreted_*.py")))]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=900, check=False
@@ -67,6 +68,27 @@ def test_a_gpu_is_served_by_triton(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         assert dispatch.fused("cuda") is None
     with use_backend("triton"):  # there is a GPU: on the CPU nothing changes
         assert dispatch.backend("cuda") == "triton" and dispatch.backend("cpu") != "triton"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "says"), [((8, 0), "8.9, cuda has 8.0"), ((8, 6), "8.9, cuda has 8.6"), ((8, 9), ""), ((9, 0), "")]
+)
+def test_fp8_products_need_a_newer_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], says: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert pair_fp8.is_served("cuda") == (not says) and not pair_fp8.is_served("cpu")
+    assert (f"no FP8 products: they need compute capability {says}" if says else "FP8 activations too") in str(
+        dispatch.choice("cuda")
+    )
+    if not says:
+        assert dispatch.e4m3("cuda") is loader.calls() and pair_fp8.served_by("cuda") == "triton"
+        return
+    assert pair_fp8.served_by("cuda").startswith("torch float64")
+    with pytest.raises(EvenbitsError, match=rf"{says}\. On this GPU use activations in int8:row"):
+        dispatch.e4m3("cuda")
+    with use_backend("reference"):
+        assert dispatch.e4m3("cuda") is None
 
 
 @needs_triton

@@ -20,7 +20,7 @@ import torch
 
 from evenbits.kernels.fused import Rows
 from evenbits.kernels.linear import linear_pair, linear_w8a8
-from evenbits.kernels.ops import linear_pair_float
+from evenbits.kernels.ops import linear_pair_float, linear_pair_fp8
 from evenbits.numerics.encode import encode
 
 pytestmark = pytest.mark.skipif(
@@ -111,9 +111,10 @@ def _launches(call: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...], dict[
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *arguments, **meta: caught.append((self.kernel, arguments, meta))
 
-    names = ("quantize_kernel", "int8_kernel", "epilogue_kernel", "pair_kernel")
+    names = ("quantize_kernel", "e4m3_kernel", "int8_kernel", "epilogue_kernel", "pair_kernel")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "fused", lambda _: calls)
+        patch.setattr(dispatch, "e4m3", lambda _: calls)
         for name in names:
             patch.setattr(calls, name, Spy(getattr(calls, name)))
         call()
@@ -137,6 +138,9 @@ def _pair(fmt: str, rows: int, dtype: torch.dtype, capability: int, activation: 
         how = (q.packed, q.scale, q.global_scale, str(q.format), bias, "int8:row", None, None, None, None, activation)
         return _catch(lambda: linear_pair(x, *how), "pair_kernel", capability)
     words = {"global_scale": q.global_scale, "activation": activation}
+    if dtype == torch.float8_e4m3fn:
+        call = lambda: linear_pair_fp8(x, q.packed, q.scale, q.format, bias, **words)  # noqa: E731
+        return _catch(call, "pair_kernel", capability)
     call = lambda: linear_pair_float(x.to(dtype), q.packed, q.scale, q.format, bias, **words)  # noqa: E731
     return _catch(call, "pair_kernel", capability)
 
@@ -181,6 +185,35 @@ def test_packed_products_with_floats_are_matrix_instructions(dtype: torch.dtype,
         assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", compiled.ptx)
 
 
+@pytest.mark.parametrize(("capability", "name"), [(89, r"mma\.sync.*"), (90, r"wgmma\.mma_async.*")])
+@pytest.mark.parametrize(
+    ("fmt", "rows", "most"),
+    [
+        ("ovp4-int:row:minmax", 1, 4.3),
+        ("ovp4-flint:row:minmax", 1, 3.3),
+        pytest.param("int4:row", 1, 2.6, marks=pytest.mark.slow),
+        pytest.param("flint4:row:minmax", 1, 1.9, marks=pytest.mark.slow),
+        pytest.param("ovp4-int:row:minmax", 512, 4.6, marks=pytest.mark.slow),
+        pytest.param("ovp4-flint:g64:minmax", 1, 4.1, marks=pytest.mark.slow),
+    ],
+)
+def test_products_with_e4m3(fmt: str, rows: int, most: float, capability: int, name: str, tmp_path: Path) -> None:
+    """Matrix instructions of E4M3, few integer instructions for a weight, and sums of 64 products (Ada: of a tile)
+    that go to float32 by additions of their own."""
+    from evenbits.kernels.triton import calls
+
+    compiled = _pair(fmt, rows, torch.float8_e4m3fn, capability)
+    tile = calls.tiles(rows, True, _packed(fmt).format.granularity.size)
+    kinds, loop = compiled.matrix(), compiled.loop(tmp_path)
+    assert kinds and all(re.fullmatch(name + r"\.f32\.e4m3\.e4m3(\.f32)?", kind) for kind in kinds), kinds
+    assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", compiled.ptx) and "fma." not in compiled.ptx
+    assert compiled.shared <= 99 * 1024 and compiled.spilled(tmp_path) == 0
+    count = sum(number for instruction, number in loop.items() if instruction in INTEGER)
+    assert count / (2 * tile.n * tile.k / (32 * tile.warps)) <= most, dict(loop)
+    additions, sums = 2 * (max(tile.k // 64, 1) if capability == 90 else 1), tile.n * tile.m // (32 * tile.warps)
+    assert loop["FADD"] >= additions * sums, dict(loop)
+
+
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "silu"])
 def test_no_product_and_sum_are_contracted(activation: str, tmp_path: Path) -> None:
     """Where bits are claimed. A division is one instruction of PTX; in SASS it is a few, correctly rounded."""
@@ -206,6 +239,8 @@ def test_rows_and_epilogues_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled = _catch(lambda rows=rows: calls.quantize(x, rows), "quantize_kernel", 80)  # type: ignore[misc]
         assert "fma." not in compiled.ptx and "div.rn.f32" in compiled.ptx
         assert ("div.rn.f64" in compiled.ptx) == affine
+    compiled = _catch(lambda: calls.quantize_e4m3(x, torch.rand(512)), "e4m3_kernel", 80)
+    assert "fma." not in compiled.ptx and "div.rn.f32" in compiled.ptx
 
 
 @pytest.mark.parametrize(

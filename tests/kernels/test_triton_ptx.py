@@ -11,9 +11,9 @@ import re
 import pytest
 import torch
 
-from evenbits.kernels.pair_codes import float_codes, pair_codes
+from evenbits.kernels.pair_codes import e4m3_codes, float_codes, pair_codes
 from evenbits.kernels.triton import ptx
-from evenbits.kernels.triton.tables import Decoder, float_decoder, int8_decoder
+from evenbits.kernels.triton.tables import Decoder, e4m3_decoder, float_decoder, int8_decoder
 from evenbits.numerics import elements
 from evenbits.numerics.format import Format
 
@@ -124,6 +124,21 @@ def test_halves_of_every_byte(fmt: str, dtype: torch.dtype) -> None:
     assert decoder.table(torch.device("cpu")).float().view(256, 2).equal(_own(fmt))
 
 
+@pytest.mark.parametrize("fmt", PAIRS + TABLES)
+def test_e4m3_of_every_byte(fmt: str) -> None:
+    codes = e4m3_codes(Format.parse(fmt), 64)
+    assert not isinstance(codes, str)
+    decoder = e4m3_decoder(codes.values, codes.paired)
+    assert decoder.dtype == torch.float8_e4m3fn and decoder.shift == 0
+    assert _decoded(decoder).equal(_own(fmt))
+    assert decoder.table(torch.device("cpu")).float().view(256, 2).equal(_own(fmt))
+
+
+def test_what_e4m3_does_not_hold_is_refused() -> None:
+    assert e4m3_codes(Format.parse("nf4:row"), 64) == "values that E4M3 does not hold"
+    assert e4m3_codes(Format.parse("ovp4-mix:g16"), 64) == "pairs whose kind changes from group to group"
+
+
 def test_what_16_bits_do_not_hold_has_no_such_decoder() -> None:
     codes = float_codes(Format.parse("nf4:row"), 64)
     assert not isinstance(codes, str)
@@ -144,6 +159,19 @@ def test_any_table_of_bytes() -> None:
             assert (even, odd) == (0x01010101 * table[low], 0x01010101 * table[high])
 
 
+def test_any_signed_table_of_bytes() -> None:
+    """Magnitudes alike for both signs or not, in either table; a zero may come out with a sign."""
+    same, other = [0, *range(9, 16)] * 2, [*range(8), *range(88, 80, -1)]
+    signed = [[byte | 128 * (i > 7 and byte > 0) for i, byte in enumerate(table)] for table in (same, other)]
+    for normal, outlier in itertools.product(signed, [None, *signed]):
+        text = ptx.signed_bytes_from_tables(normal, outlier)
+        for low, high in itertools.product(range(16), repeat=2):
+            table = normal if outlier is None or 8 not in (low, high) else outlier
+            for word, nibble in zip(_run(text, 2, 0x01010101 * (high << 4 | low)), (low, high), strict=True):
+                assert word % 0x01010101 == 0
+                assert word // 0x01010101 in ({table[nibble]} if table[nibble] else {0, 128})
+
+
 def _count(decoder: Decoder | None) -> tuple[int, int]:
     """Integer and float instructions for eight weights; constants (mov) are loaded once for a whole loop."""
     assert decoder is not None
@@ -153,21 +181,22 @@ def _count(decoder: Decoder | None) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "int8", "float16", "bfloat16"),
+    ("fmt", "int8", "e4m3", "float16", "bfloat16"),
     [
-        ("int4:row", (3, 0), (9, 4), (9, 4)),
-        ("flint4:row", (13, 0), (15, 0), (17, 0)),
-        ("pot4:row", (13, 0), (15, 0), (17, 0)),
-        ("fp4:row", (13, 0), (15, 0), (17, 0)),
-        ("ovp4-int:row", (27, 0), (29, 0), (39, 0)),
-        ("ovp4-flint:row", (27, 0), (29, 0), (35, 0)),
-        ("ovp4-flint_i8:row", (27, 0), (33, 0), (35, 0)),
+        ("int4:row", (3, 0), (13, 0), (9, 4), (9, 4)),
+        ("flint4:row", (13, 0), (9, 0), (15, 0), (17, 0)),
+        ("pot4:row", (13, 0), (9, 0), (15, 0), (17, 0)),
+        ("fp4:row", (13, 0), (9, 0), (15, 0), (17, 0)),
+        ("ovp4-int:row", (27, 0), (25, 0), (29, 0), (39, 0)),
+        ("ovp4-flint:row", (27, 0), (19, 0), (29, 0), (35, 0)),
+        ("ovp4-flint_i8:row", (27, 0), (19, 0), (33, 0), (35, 0)),
     ],
 )
 def test_no_more_instructions_than_these_for_eight_weights(
-    fmt: str, int8: tuple[int, int], float16: tuple[int, int], bfloat16: tuple[int, int]
+    fmt: str, int8: tuple[int, int], e4m3: tuple[int, int], float16: tuple[int, int], bfloat16: tuple[int, int]
 ) -> None:
     parsed = Format.parse(fmt)
+    assert _count(e4m3_decoder(float_codes(parsed, 64).values, fmt.startswith("ovp"))) == e4m3  # type: ignore[union-attr]
     integers, floats = pair_codes(parsed, 64), float_codes(parsed, 64)
     assert integers is not None and not isinstance(floats, str)
     assert _count(int8_decoder(integers.tables, integers.paired, False)) == int8

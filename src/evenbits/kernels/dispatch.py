@@ -21,7 +21,7 @@ import torch
 from evenbits.errors import EvenbitsError, unknown_name
 from evenbits.kernels import reference, torch_int8
 from evenbits.kernels.cpu import calls, loader
-from evenbits.kernels.fused import Kernels
+from evenbits.kernels.fused import E4M3Kernels, Kernels
 from evenbits.kernels.triton import loader as triton
 
 _log = logging.getLogger("evenbits.kernels")
@@ -83,7 +83,7 @@ def choice(device: str) -> Choice:
     than those beside it."""
     chosen = Choice(device, _forced[-1], "forced by use_backend") if _is_forced(device) else _choose(device)
     if chosen.backend == "triton":
-        return Choice(device, "triton", f"{chosen.reason}; {triton.note()}")
+        return Choice(device, "triton", f"{chosen.reason}; {triton.note()}; {triton.e4m3_status(device).reason}")
     return Choice(device, "c", f"{chosen.reason}, {_variant()}") if chosen.backend == "c" else chosen
 
 
@@ -105,6 +105,22 @@ def fused(device: str) -> Kernels | None:
     if name == "c":
         return _C
     return cast(Kernels, triton.calls()) if name == "triton" else None
+
+
+def e4m3(device: str) -> E4M3Kernels | None:
+    """The kernels that multiply E4M3 activations on `device` now, or None if torch does it step by step. Raises
+    EvenbitsError for a GPU without such products: step by step they gain nothing there."""
+    if backend(device) != "triton":
+        return None
+    found = triton.e4m3_status(device)
+    if not found.usable:
+        raise EvenbitsError(f"{found.reason}. On this GPU use activations in int8:row (linear_pair) or float.")
+    return cast(E4M3Kernels, triton.calls())
+
+
+def has_e4m3(device: str) -> bool:
+    """Whether the kernels of `device` multiply E4M3 activations now."""
+    return backend(device) == "triton" and triton.e4m3_status(device).usable
 
 
 def _variant() -> str:

@@ -45,6 +45,21 @@ class Weight(NamedTuple):
     row_sum: torch.Tensor | None = None
 
 
+class E4M3Kernels(Protocol):
+    """What a backend with E4M3 products offers; triton/calls.py is one."""
+
+    def linear_e4m3(
+        self,
+        x: torch.Tensor,
+        weight: Weight,
+        values: tuple[float, ...],
+        bias: torch.Tensor | None,
+        multiplier: torch.Tensor | None,
+        activation: str = "none",
+    ) -> torch.Tensor:
+        """x [..., K] float → y [..., N]: pair_fp8.py in one call."""
+
+
 class Kernels(Protocol):
     """What a backend of fused kernels offers; cpu/calls.py and triton/calls.py are two."""
 

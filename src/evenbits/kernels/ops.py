@@ -5,8 +5,10 @@
     evenbits::linear_w8a8(x, weight_OI, …)                float in, float out; integers between
     evenbits::linear_pair(x, weight_OB, …)                the same with two 4-bit weights in a byte, never decoded whole
     evenbits::linear_pair_float(x, weight_OB, …)          two 4-bit weights in a byte, activations stay float
+    evenbits::linear_pair_fp8(x, weight_OB, …)            two 4-bit weights in a byte, activations become E4M3
 
-What they compute is in matmul.py, quantize.py, linear.py and weight_only.py; which backend does, in dispatch.py.
+What they compute is in matmul.py, quantize.py, linear.py, weight_only.py and pair_fp8.py; which backend does, in
+dispatch.py.
 M, T: rows (tokens), K, I: columns (input channels), N, O: output channels, G: groups, B: bytes of a packed row.
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from evenbits.kernels import linear, matmul, quantize, weight_only
+from evenbits.kernels import linear, matmul, pair_fp8, quantize, weight_only
 from evenbits.kernels.checks import check_device, check_rows
 from evenbits.numerics.format import Format
 
@@ -33,10 +35,11 @@ _library.define(
     "linear_pair(Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, str weight_format, Tensor? bias, "
     f"{_ROWS}, Tensor? weight_sum, str activation='none') -> Tensor"
 )
-_library.define(
-    "linear_pair_float(Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, str weight_format, "
-    "Tensor? bias, Tensor? multiplier, str activation='none') -> Tensor"
-)
+for _name in ("linear_pair_float", "linear_pair_fp8"):
+    _library.define(
+        f"{_name}(Tensor x, Tensor weight, Tensor weight_scale, Tensor? global_scale, str weight_format, "
+        "Tensor? bias, Tensor? multiplier, str activation='none') -> Tensor"
+    )
 
 
 def _quantize_rows(
@@ -79,6 +82,7 @@ for _name, _kernel, _fake in (
     ("linear_w8a8", linear.linear_w8a8, _fake_linear),
     ("linear_pair", linear.linear_pair, _fake_linear),
     ("linear_pair_float", weight_only.linear_pair_float, _fake_linear),
+    ("linear_pair_fp8", pair_fp8.linear_pair_fp8, _fake_linear),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"evenbits::{_name}", _fake, lib=_library)
@@ -218,6 +222,39 @@ def linear_pair_float(
     result: torch.Tensor = _call(
         torch.ops.evenbits.linear_pair_float,
         weight_only.linear_pair_float,
+        x,
+        weight_OB,
+        weight_scale,
+        global_scale,
+        str(weight_format),
+        bias,
+        multiplier,
+        activation,
+    )
+    return result
+
+
+def linear_pair_fp8(
+    x: torch.Tensor,
+    weight_OB: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_format: Format | str,
+    bias: torch.Tensor | None,
+    *,
+    global_scale: torch.Tensor | None = None,
+    multiplier: torch.Tensor | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """y = x · Wᵀ + bias with packed 4-bit weights and activations in E4M3, a scale for each row (`fp8:row`); x [..., I]
+    → y [..., O] in x's type.
+
+    The arguments are those of `linear_pair_float`; E4M3 must hold the values of `weight_format` (NormalFloat's it does
+    not). On GPUs from compute capability 8.9 on by a kernel; elsewhere by torch, exact and slow (pair_fp8.py). Raises
+    EvenbitsError for formats, shapes and types that do not fit, and on other GPUs.
+    """
+    result: torch.Tensor = _call(
+        torch.ops.evenbits.linear_pair_fp8,
+        pair_fp8.linear_pair_fp8,
         x,
         weight_OB,
         weight_scale,

@@ -4,7 +4,8 @@ A byte holds two weights. A nibble stands for a number of a 16-entry table; besi
 outlier-victim pair, for one of a second table. Where all of these are integers (times a power of two, `unit`: FP4's are
 multiples of one half) products with int8 activations are exact in int32. Values beyond int8 are split into two halves
 that fit, multiplied one after the other. NormalFloat is not a multiple of anything: its products run in float.
-Float activations need no integers: any table of sixteen numbers will do (`float_codes`).
+Float activations need no integers: any table of sixteen numbers will do (`float_codes`); E4M3 ones any table whose
+numbers E4M3 holds (`e4m3_codes`).
 
 O: out, I: in, B: bytes of a packed row.
 """
@@ -25,6 +26,7 @@ from evenbits.numerics.qdtypes import QDtype
 PAIR_KINDS = ("int", "flint", "flint_i8")
 _WHOLE = 128  # columns that any kernel takes at a time
 _UNITS = (1.0, 0.5, 0.25, 0.125)
+_E4M3 = frozenset(value for value in Codebook.parse("fp8").values if value == value)
 
 
 # Read now: while torch traces, no tensor can be read.
@@ -93,6 +95,16 @@ def float_codes(fmt: Format, columns: int) -> FloatCodes | str:
         return f"scales by {fmt.granularity}, not by rows or groups of 8·n columns"
     width = elements.row_bytes(dtype, fmt.stored_columns(columns))
     return FloatCodes((*normal, *outlier), isinstance(dtype, PairType), group, width)
+
+
+@cache
+def e4m3_codes(fmt: Format, columns: int) -> FloatCodes | str:
+    """The tables of a weight format whose numbers are multiplied as E4M3, exact there, or a phrase that says why its
+    bytes cannot be."""
+    codes = float_codes(fmt, columns)
+    if isinstance(codes, str) or _E4M3.issuperset(codes.values):
+        return codes
+    return "values that E4M3 does not hold"
 
 
 def _group(fmt: Format, columns: int) -> int:

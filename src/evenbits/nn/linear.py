@@ -5,6 +5,8 @@ a piece at a time. Without (weight-only), and for values that are no integers (N
 float activations, again from their bytes (`is_streamed`). What is left is decoded whole for each call and multiplied in
 float, which saves bytes and takes time: zero points, other widths, activations in float64, and inputs that want a
 gradient.
+On a GPU with FP8 products activations of `fp8:row` and packed 4-bit weights are multiplied as they are (`is_fp8`);
+elsewhere they are float numbers like any others.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_w8a8
-from evenbits.kernels.pair_codes import float_codes, pair_codes
+from evenbits.kernels import pair_fp8
+from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_pair_fp8, linear_w8a8
+from evenbits.kernels.pair_codes import e4m3_codes, float_codes, pair_codes
 from evenbits.nn.base import QuantizedLayer
 
 
@@ -22,10 +25,12 @@ class QLinear(QuantizedLayer):
 
     is_packed: the product runs in integers from packed 4-bit weights, in groups too (kernels/pair_codes.py).
     is_streamed: float activations are multiplied with packed 4-bit bytes (kernels/weight_only.py).
+    is_fp8: E4M3 activations would be, where there is a kernel (kernels/pair_fp8.py).
     """
 
     is_packed: bool
     is_streamed: bool
+    is_fp8: bool
 
     @property
     def in_features(self) -> int:
@@ -47,6 +52,8 @@ class QLinear(QuantizedLayer):
         self.is_integer = self.is_integer or self.is_packed
         streamed = not isinstance(float_codes(self.weight_format, self.in_features), str)
         self.is_streamed = streamed and not self.is_integer
+        exact = not isinstance(e4m3_codes(self.weight_format, self.in_features), str)
+        self.is_fp8 = exact and str(activation) in pair_fp8.ACTIVATIONS
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # nn.Linear's word: it may be called by keyword
         x = self.arranged(self.checked(input))
@@ -84,6 +91,16 @@ class QLinear(QuantizedLayer):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(self.quantized_input(x), self.qweight().dequantize(x.dtype), bias)
         plain = self.input_format is None
+        if self.is_fp8 and self.input_scale is None and pair_fp8.is_served(x.device.type):
+            return linear_pair_fp8(
+                x,
+                self.weight,
+                self.weight_scale,
+                self.weight_format,
+                self.bias,
+                global_scale=self.weight_global_scale,
+                multiplier=self.input_multiplier,
+            )
         return linear_pair_float(
             x if plain else self.quantized_input(x),
             self.weight,

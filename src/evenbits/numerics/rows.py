@@ -45,6 +45,14 @@ def round_rows(x_RK: torch.Tensor, fmt: Format) -> torch.Tensor:
     return found_RK[:, :columns]
 
 
+def row_values(x_RK: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """x float32 [R, K], finite → (values of the type [R, K], scale float32 [R, 1]), of symmetric tables with a scale a
+    row: the two factors of `round_rows`."""
+    solved = solve(x_RK, fmt, fmt.rule.policy, None, by_row=True)[0]
+    scale_R1 = scales.real(solved.scale, solved.factor)
+    return elements.snap((x_RK / scale_R1).float(), fmt.dtype) + 0.0, scale_R1
+
+
 def _decoded(x_RK: torch.Tensor, solved: Solved, rows: slice | torch.Tensor) -> torch.Tensor:
     """The rows x as they are decoded; `rows` says which of `solved` they are."""
     fmt, columns = solved.fmt, x_RK.shape[1]

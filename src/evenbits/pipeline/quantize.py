@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from evenbits.evaluation.memory import model_bytes, peak_bytes
-from evenbits.kernels import dispatch, weight_only
+from evenbits.kernels import dispatch, pair_fp8, weight_only
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.linear import QLinear
 from evenbits.pipeline.chains import chain_notes
@@ -103,8 +103,12 @@ def _result(model: nn.Module, prepared: Prepared, plans: list[LayerPlan]) -> Res
 
 
 def _backend(layers: list[QuantizedLayer]) -> str:
-    """Who computes the products: integers where the formats allow, and how many layers that is."""
+    """Who computes the products: integers (or E4M3) where the formats allow, and how many layers that is."""
     device, integer = layers[0].weight.device.type, sum(layer.is_integer for layer in layers)
+    fp8 = sum(isinstance(layer, QLinear) and layer.is_fp8 for layer in layers) if pair_fp8.is_served(device) else 0
+    if fp8 and not integer:
+        rest = "" if fp8 == len(layers) else f" in {fp8} of {len(layers)} layers, float products in the others"
+        return f"FP8 product of packed weights by {pair_fp8.served_by(device)}{rest}"
     if not integer:
         streamed = sum(isinstance(layer, QLinear) and layer.is_streamed for layer in layers)
         if not streamed:
@@ -112,7 +116,11 @@ def _backend(layers: list[QuantizedLayer]) -> str:
         some = "" if streamed == len(layers) else f" in {streamed} of {len(layers)} layers, decoded in the others"
         return f"float product of packed weights by {weight_only.served_by(device)}{some}"
     chosen = dispatch.choice(device)
-    rest = "" if integer == len(layers) else f" in {integer} of {len(layers)} layers, float products in the others"
+    rest = (
+        ""
+        if integer == len(layers)
+        else f" in {integer} of {len(layers)} layers, {'FP8 or ' * bool(fp8)}float products in the others"
+    )
     return f"{chosen.backend}{rest} ({chosen.reason})"
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from evenbits.checkpoints.sources import DTYPES
 from evenbits.errors import EvenbitsError
 from evenbits.evaluation.memory import model_bytes
-from evenbits.kernels import dispatch, weight_only
+from evenbits.kernels import dispatch, pair_fp8, weight_only
 from evenbits.kernels.conv_u8 import report_conv
 from evenbits.nn.base import QuantizedLayer
 from evenbits.nn.conv import QConv, QConv2d
@@ -83,7 +83,9 @@ def served(model: nn.Module) -> dict[str, str]:
         if not isinstance(layer, QuantizedLayer):
             continue
         device = layer.weight.device.type
-        if isinstance(layer, QLinear) and layer.is_streamed:
+        if isinstance(layer, QLinear) and layer.is_fp8 and pair_fp8.is_served(device):
+            found[name] = f"linear_pair_fp8 by {pair_fp8.served_by(device)}"
+        elif isinstance(layer, QLinear) and layer.is_streamed:
             found[name] = f"linear_pair_float by {weight_only.served_by(device)}"
         elif not layer.is_integer:
             found[name] = "float product of decoded weights"

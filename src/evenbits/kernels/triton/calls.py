@@ -19,8 +19,8 @@ from evenbits.kernels.fused import INT8_WEIGHT, WIDE_PAIRS, Rows, Weight
 from evenbits.kernels.triton import loader
 from evenbits.kernels.triton.gemm import epilogue_kernel, int8_kernel
 from evenbits.kernels.triton.pair import pair_kernel
-from evenbits.kernels.triton.rows import quantize_kernel
-from evenbits.kernels.triton.tables import Decoder, float_decoder, int8_decoder
+from evenbits.kernels.triton.rows import e4m3_kernel, quantize_kernel
+from evenbits.kernels.triton.tables import Decoder, e4m3_decoder, float_decoder, int8_decoder
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WHOLE_ROW = 16384  # columns of a row that stay in registers between its range and its codes
@@ -87,7 +87,7 @@ def _quantized(
     if not count:
         return codes, scale, zero
     stored = 2 * plane or columns
-    block = min(_WHOLE_ROW, triton.next_power_of_2(stored))
+    block = _block(stored)
     _launch(
         quantize_kernel,
         (count,),
@@ -98,9 +98,39 @@ def _quantized(
         PLANES=plane > 0,
         BLOCK=block,
         BLOCKS=triton.cdiv(stored, block),
-        warps=max(1, min(8, block // 512)),
+        warps=_warps(block),
     )
     return codes, scale, zero
+
+
+def _block(stored: int) -> int:
+    """Columns of a row that a program holds."""
+    return min(_WHOLE_ROW, int(triton.next_power_of_2(stored)))
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 512))
+
+
+def _plane(columns: int) -> int:
+    """How far odd columns are behind the even ones of a row for packed weights."""
+    return -(-columns // (2 * _ALIGNED)) * _ALIGNED
+
+
+def quantize_e4m3(x_MK: torch.Tensor, multiplier: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] → (E4M3 bytes uint8 [M, 2 planes], scale float32 [M, 1])."""
+    (count, columns), plane = x_MK.shape, _plane(x_MK.shape[1])
+    codes = x_MK.new_empty(count, 2 * plane, dtype=torch.uint8)
+    scale, block = x_MK.new_empty(count, 1, dtype=torch.float32), _block(2 * plane)
+    _launch(
+        e4m3_kernel,
+        (count,),
+        *(x_MK, multiplier, codes, scale, columns, x_MK.stride(0), codes.stride(0), plane),
+        BLOCK=block,
+        BLOCKS=triton.cdiv(2 * plane, block),
+        warps=_warps(block),
+    )
+    return codes, scale
 
 
 def linear(
@@ -115,14 +145,13 @@ def linear(
     if weight.kind == INT8_WEIGHT:
         _int8(x_MK, weight, bias, rows, activation, y)
         return y.to(x_MK.dtype)
-    plane = triton.cdiv(triton.cdiv(x_MK.shape[1], 2), _ALIGNED) * _ALIGNED
+    plane = _plane(x_MK.shape[1])
     codes, scale, zero = _quantized(x_MK, rows, x_MK.new_empty(len(x_MK), 2 * plane, dtype=torch.int8), plane)
     paired, wide = weight.kind > 1, weight.kind == WIDE_PAIRS
     decoder = int8_decoder(weight.tables, paired, False)
     rest = int8_decoder(weight.tables, paired, True) if wide else None
     _pair(codes, plane, weight, decoder, bias, activation, y, rest=rest, x_rows=(scale, zero if rows.affine else None))
     return y.to(x_MK.dtype)
-    return y
 
 
 def _int8(
@@ -198,6 +227,30 @@ def linear_float(
     return y.to(x_MK.dtype)
 
 
+def linear_e4m3(
+    x: torch.Tensor,
+    weight: Weight,
+    values: tuple[float, ...],
+    bias: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """x [..., K] float → y [..., N] in x's type (float64: float32), E4M3 between: pair_fp8.py in two launches."""
+    x_MK, outputs = _rows(x), weight.bytes.shape[0]
+    y = _output(x, x_MK, outputs)
+    if not y.numel():
+        return y.to(x_MK.dtype)
+    codes, scale = quantize_e4m3(x_MK, multiplier)
+    decoder = e4m3_decoder(values, weight.kind > 1)
+    _pair(codes, codes.shape[1] // 2, weight, decoder, bias, activation, y, x_rows=(scale, None))
+    return y.to(x_MK.dtype)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """E4M3 as bytes: GPUs before 8.9 have no such type."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
 def _pair(
     x: torch.Tensor,
     columns: int,
@@ -214,12 +267,12 @@ def _pair(
     """columns: of x, or of one of its two planes. x_rows: scales of the rows, and zero points if they are affine."""
     rows, (outputs, width) = len(x), weight.bytes.shape
     tile, interpreted = tiles(rows, True, weight.group, decoder.dtype == torch.float32), loader.interpreted()
-    scale = weight.scale.view(torch.uint8) if weight.scale.dtype == torch.float8_e4m3fn else weight.scale
     _launch(
         pair_kernel,
         (triton.cdiv(outputs, tile.n), triton.cdiv(rows, tile.m)),
-        *(x, weight.bytes, y, decoder.table(x.device), None if rest is None else rest.table(x.device)),
-        *(*x_rows, multiplier, scale, weight.global_scale, None if x_rows[1] is None else weight.row_sum, bias),
+        *(x, weight.bytes, y, _bytes(decoder.table(x.device)), None if rest is None else rest.table(x.device)),
+        *(*x_rows, multiplier, _bytes(weight.scale), weight.global_scale),
+        *(None if x_rows[1] is None else weight.row_sum, bias),
         *(rows, outputs, columns, width, x.stride(0), weight.bytes.stride(0)),
         *(weight.scale.numel() // outputs if weight.scale.numel() > 1 else 0, float(weight.unit)),
         GROUP=weight.group // 2,

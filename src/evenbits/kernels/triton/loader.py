@@ -17,7 +17,7 @@ import torch
 from evenbits.errors import EvenbitsError
 
 VARIABLE = "EVENBITS_INT_MM_ROWS"
-NEEDS = (8, 0)
+NEEDS, E4M3_NEEDS = (8, 0), (8, 9)
 _HOW = "install it with `pip install 'evenbits[gpu]'` (Linux)"
 
 
@@ -51,8 +51,24 @@ def status(device: str) -> Status:
         return Status(False, "the kernels were written for NVIDIA GPUs; this torch is built for AMD's")
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else NEEDS
     if capability < NEEDS:
-        return Status(False, f"compute capability {capability[0]}.{capability[1]}; the kernels need 8.0")
+        return Status(False, f"compute capability {_dotted(capability)}; the kernels need 8.0")
     return Status(True, f"evenbits' own kernels, Triton {version}")
+
+
+@cache
+def e4m3_status(device: str) -> Status:
+    """Says for a device with these kernels whether they multiply E4M3 activations (FP8) there."""
+    if not interpreted() and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < E4M3_NEEDS:
+            return Status(
+                False, f"no FP8 products: they need compute capability 8.9, {device} has {_dotted(capability)}"
+            )
+    return Status(True, "FP8 activations too")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def int_mm_from() -> int:

@@ -5,6 +5,7 @@ sixteen rows of activations cost no more than one. Even and odd columns have a p
 interleaving. A group of columns is summed by itself, scaled, and added to the total, groups in order.
 
     int8 activations    Σ exact in int32, then as linear.py has it, to the bit
+    E4M3 activations    Σ in float32 over weights decoded to E4M3, exact there, then as linear.py has it
     float activations   Σ in float32 over decoded numbers that the activations' type holds exactly, then times the scale
 
 M: rows, N: outputs, B: bytes of a packed row, W: bytes of a tile.
@@ -17,6 +18,11 @@ import triton.language as tl
 
 from evenbits.kernels.triton.epilogue import activated, biased, scale_at
 
+# The adders of E4M3 products on Hopper (and, by what is published, Ada) keep about fourteen digits of a sum, not
+# float32's twenty-four. So sums of 64 products at most are theirs, added up in float32 by ordinary additions; fewer
+# would cost more additions, and fewer than 32 an instruction cannot do.
+_COARSE = tl.constexpr(64)
+
 
 @triton.jit
 def _decoded(packed, table, ASM: tl.constexpr):
@@ -25,16 +31,21 @@ def _decoded(packed, table, ASM: tl.constexpr):
         at = table + packed.to(tl.int32) * 2
         return tl.load(at), tl.load(at + 1)
     kind = table.dtype.element_ty
-    if kind == tl.int8:
+    if kind == tl.int8 or kind == tl.uint8:
         return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], (kind, kind), True, 4)
     return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [packed], (kind, kind), True, 4)
 
 
 @triton.jit
 def _dot(weight, x, acc, IN_FLOAT32: tl.constexpr):
-    """weight [N, W] · x [W, M] + acc. IN_FLOAT32: the interpreter's products of bfloat16 are wrong."""
+    """weight [N, W] · x [W, M] + acc. IN_FLOAT32: the interpreter's products of bfloat16 are wrong. E4M3 products start
+    from zero and are added: older GPUs than Hopper would sum all of a row in their coarse adders, whatever
+    max_num_imprecise_acc says (which keeps Triton from joining sum and product)."""
     if acc.dtype == tl.int32:
         return tl.dot(weight, x, acc, out_dtype=tl.int32)
+    if weight.dtype == tl.float8e4nv and not IN_FLOAT32:
+        AT_ONCE: tl.constexpr = _COARSE if weight.shape[1] > _COARSE else weight.shape[1]
+        return acc + tl.dot(weight, x, max_num_imprecise_acc=AT_ONCE)
     if IN_FLOAT32:
         return tl.dot(weight.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(weight, x, acc, input_precision="ieee")
@@ -42,7 +53,8 @@ def _dot(weight, x, acc, IN_FLOAT32: tl.constexpr):
 
 @triton.jit
 def _codes(x, m, first, in_group, rows, plane, x_stride, W: tl.constexpr, GROUP: tl.constexpr):
-    """int8 codes of W bytes' columns, even and odd, [W, M]: from two planes of each row, zeros between and behind."""
+    """int8 or E4M3 codes of W bytes' columns, even and odd, [W, M]: from two planes of each row, zeros between and
+    behind."""
     b = first + tl.arange(0, W)
     mask = b < plane
     if GROUP % W:
@@ -80,12 +92,16 @@ def _tile(
     if GROUP % W:
         mask = mask & (in_group + b < GROUP)
     packed = tl.load(weight + (first + b)[None, :], mask=outputs[:, None] & mask[None, :], other=0)
-    if x.dtype.element_ty == tl.int8:
+    if x.dtype.element_ty == tl.int8 or x.dtype.element_ty == tl.uint8:
         x_even, x_odd = _codes(x, m, first, in_group, rows, K, x_stride, W, GROUP)
     else:
         x_even, x_odd = _floats(x, multiplier, m, first, in_group, rows, K, x_stride, BLOCK_M, W, GROUP)
     even, odd = _decoded(packed, table, ASM)
-    x_even, x_odd = x_even.to(even.dtype), x_odd.to(even.dtype)
+    if even.dtype == tl.uint8:  # bytes of E4M3 on both sides
+        even, odd = even.to(tl.float8e4nv, bitcast=True), odd.to(tl.float8e4nv, bitcast=True)
+        x_even, x_odd = x_even.to(tl.float8e4nv, bitcast=True), x_odd.to(tl.float8e4nv, bitcast=True)
+    else:
+        x_even, x_odd = x_even.to(even.dtype), x_odd.to(even.dtype)
     acc = _dot(even, x_even, acc, IN_FLOAT32)
     acc = _dot(odd, x_odd, acc, IN_FLOAT32)
     if rest is not None:
@@ -102,13 +118,13 @@ def pair_kernel(
     ACTIVATION: tl.constexpr, ASM: tl.constexpr, REST: tl.constexpr, IN_FLOAT32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y. x: int8 codes in two planes of K, with x_scale, or floats [M, K], without. GROUP: bytes that share a
-    scale; 0: all of a row."""
+    """A tile of y. x: int8 or E4M3 (uint8) codes in two planes of K, with x_scale, or floats [M, K], without. GROUP:
+    bytes that share a scale; 0: all of a row."""
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, outputs = m < M, n < N
     weight_rows = weight + n[:, None].to(tl.int64) * weight_stride
-    KIND: tl.constexpr = tl.int32 if x_scale is not None else tl.float32
+    KIND: tl.constexpr = tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUP else KIND)
     if GROUP:
         for start in range(0, B, GROUP):

@@ -5,7 +5,8 @@ the selector of a table of eight: two of them, for numbers of either sign, are s
 holds an identifier" become masks of whole bytes by prmt's other mode, which repeats a sign bit. In a byte with an
 identifier both nibbles are looked up in the outlier table: the identifier is that table's zero. Nothing is shifted or
 compared for one weight alone: 27 instructions for eight weights in outlier-victim pairs, 13 from a table of sixteen, 3
-for int4 (tests/kernels/test_triton_ptx.py counts, and runs this very text on all 256 bytes).
+for int4 (tests/kernels/test_triton_ptx.py counts, and runs this very text on all 256 bytes). Bytes of E4M3 have their
+sign where nibbles have it, so magnitudes are looked up, in one table where both signs have the same: 19 and 9.
 
 Bytes enter as Triton packs them, four of a tile in a register, whichever four: a weight depends on its own byte only.
 Results are the even nibbles and the odd ones apart. Names: w word of codes, u without sign bits, A the four weights of
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _MUX = 0xCA  # lop3: first ? second : third
+_SIGNED = 0xF8  # first | second & third
 _EVEN, _ODD = 0x6420, 0x7531
 _HALF_EVEN, _HALF_ODD = 0x6240, 0x7351
 
@@ -75,6 +77,20 @@ def bytes_from_tables(normal: Sequence[int], outlier: Sequence[int] | None) -> s
     return program.text()
 
 
+def signed_bytes_from_tables(normal: Sequence[int], outlier: Sequence[int] | None) -> str:
+    """The same for bytes of sign and magnitude whose sign is their code's top bit (zeros: either). Shorter where one of
+    the tables has the same magnitudes for both signs."""
+    tables = [[byte & 127 for byte in table] for table in (normal, outlier or normal)]
+    if not any(table[:8] == table[8:] for table in tables):
+        return bytes_from_tables(normal, outlier)
+    program = _Program()
+    masks = _Masks(program, "$2", outlier is not None)
+    a, b = masks.look_up(tables[0], None if outlier is None else tables[1])
+    for pick, signs, to in ((_EVEN, masks.shifted(), "$0"), (_ODD, "$2", "$1")):
+        program("lop3.b32", program("prmt.b32", a, b, pick), signs, 0x80808080, f"0x{_SIGNED:X}", to=to)
+    return program.text()
+
+
 def halves_from_tables(normal: Sequence[int], outlier: Sequence[int] | None) -> str:
     """Codes → 16-bit patterns of a table: $0, $1 even, $2, $3 odd, of $4. Upper and lower bytes have tables of their
     own; one that is all zeros costs nothing."""
@@ -97,9 +113,20 @@ class _Masks:
         self.program = program
         self.selectors = (program("and.b32", word, 0x77777777), "")
         self.selectors = (self.selectors[0], program("shr.b32", self.selectors[0], 16))
-        shifted = program("shl.b32", word, 4)
-        self.negative = tuple(program("prmt.b32", shifted, word, pick) for pick in (0xD9C8, 0xFBEA))
+        self.word, self._shifted, self._negative = word, "", ("", "")
         self.paired = self._paired(word) if paired else ("", "")
+
+    def shifted(self) -> str:
+        """The word with even nibbles where odd ones were; made when first asked for."""
+        self._shifted = self._shifted or self.program("shl.b32", self.word, 4)
+        return self._shifted
+
+    def negative(self, half: int) -> str:
+        """The mask of negative codes, likewise."""
+        if not self._negative[0]:
+            first, second = (self.program("prmt.b32", self.shifted(), self.word, pick) for pick in (0xD9C8, 0xFBEA))
+            self._negative = (first, second)
+        return self._negative[half]
 
     def _paired(self, word: str) -> tuple[str, str]:
         """Masks of the bytes that hold the identifier 1000b: sign bit set, nothing below it."""
@@ -126,7 +153,7 @@ class _Masks:
             return self.program("prmt.b32", *positive, self.selectors[half])
         first = self.program("prmt.b32", *positive, self.selectors[half])
         second = self.program("prmt.b32", *negative, self.selectors[half])
-        return self.program("lop3.b32", self.negative[half], second, first, f"0x{_MUX:X}")
+        return self.program("lop3.b32", self.negative(half), second, first, f"0x{_MUX:X}")
 
 
 def _words(table: Sequence[int]) -> tuple[int, int]:

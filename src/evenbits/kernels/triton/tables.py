@@ -2,7 +2,8 @@
 
 Every kernel has two ways to decode, with the same result for all 256 bytes (tests/kernels/test_triton_ptx.py): PTX text
 (ptx.py), and a table of 256 pairs from which it reads the two numbers of a byte. The second is what the interpreter
-runs, and what remains for numbers that neither int8 nor 16 bits hold (NormalFloat, float32 activations).
+runs, and what remains for numbers that neither int8 nor 16 bits hold (NormalFloat, float32 activations). E4M3 has one
+byte a number as int8 has, so it is looked up likewise.
 """
 
 from __future__ import annotations
@@ -64,6 +65,15 @@ def float_decoder(values: tuple[float, ...], paired: bool, dtype: torch.dtype) -
     bits = [v & 0xFFFF for v in numbers.to(dtype).view(torch.int16).tolist()]
     asm = ptx.halves_from_tables(bits[:16], bits[16:] if paired else None)
     return Decoder(pairs(normal, outlier), dtype, asm)
+
+
+@cache
+def e4m3_decoder(values: tuple[float, ...], paired: bool) -> Decoder:
+    """values: the 32 numbers of FloatCodes, which E4M3 holds."""
+    normal, outlier = values[:16], values[16:] if paired else None
+    codes = torch.tensor(values, dtype=torch.float32, device="cpu").to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+    asm = ptx.signed_bytes_from_tables(codes[:16], codes[16:] if paired else None)
+    return Decoder(pairs(normal, outlier), torch.float8_e4m3fn, asm)
 
 
 def pairs(normal: Sequence[float], outlier: Sequence[float] | None) -> tuple[float, ...]:
