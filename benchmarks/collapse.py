@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,14 @@ def tell(given: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
         draw(runs, given.picture)
 
 
+def chosen(settings: list[Setting], patterns: list[str] | None) -> list[Setting]:
+    """The runs that fit the patterns, the first pattern's first; all of them without patterns."""
+    if patterns is None:
+        return settings
+    found = [setting for pattern in patterns for setting in settings if fnmatch(setting.name, pattern)]
+    return list(dict.fromkeys(found))
+
+
 def main() -> None:
     """Makes the runs that are missing, or prints the report of those that exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,6 +267,7 @@ def main() -> None:
     parser.add_argument("--known", type=Path, help="JSON-lines file of runs that need not be made again")
     parser.add_argument("--lines", type=Path, help="write the runs into one JSON-lines file")
     parser.add_argument("--picture", type=Path, help="draw the curves")
+    parser.add_argument("--only", action="append", help="runs whose name fits this pattern (*), repeatable, in order")
     parser.add_argument("--smoke", action="store_true", help="two runs of 20 steps, for the tests")
     given = parser.parse_args()
     if given.table or given.picture or given.lines:
@@ -274,7 +284,7 @@ def main() -> None:
     if given.smoke:
         small = {"steps": 20, "size": 32, "batch": 8, "train": 128, "test": 50}
         settings = [Setting(method, 8, 0, **small) for method in ("minmax", "zero")]
-    for setting in settings:
+    for setting in chosen(settings, given.only):
         file = given.out / f"{setting.name}.json"
         if file.exists():
             continue

@@ -144,6 +144,44 @@ static void micro(int rows, const int8_t *x, int64_t stride, const uint8_t *pane
     }
 }
 
+/* One group of columns: sums[r][n] += float(start of row r + its products with output n) · scales[n], the product and the
+   sum both rounded; what a total would be kept in memory for stays in registers. */
+EB_INLINE void micro_group_rows(const int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
+                                const int32_t *starts, int64_t starts_stride, const float *scales, float *sums) {
+    vec acc[TILE][VECTORS];
+    EB_UNROLL for (int r = 0; r < rows; r++)
+        EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm512_set1_epi32(starts[r * starts_stride]);
+    for (int s = 0; s < steps; s++, x += 4, panel += VECTORS * 64) {
+        vec w[VECTORS];
+        EB_UNROLL for (int v = 0; v < VECTORS; v++) w[v] = v_load(panel + 64 * v);
+        EB_UNROLL for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, x + r * stride, 4);
+            vec broadcast = _mm512_set1_epi32(four);
+            EB_UNROLL for (int v = 0; v < VECTORS; v++) V_DOT(acc[r][v], w[v], broadcast);
+        }
+    }
+    EB_UNROLL for (int v = 0; v < VECTORS; v++) {
+        __m512 scale = _mm512_loadu_ps(scales + 16 * v);
+        EB_UNROLL for (int r = 0; r < rows; r++) {
+            float *to = sums + r * 64 + 16 * v;
+            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][v]), scale);
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), scaled));
+        }
+    }
+}
+
+#define HAVE_MICRO_GROUP
+#define GROUP_CASE(n)                                                                                                 \
+    case n: micro_group_rows(n, x, stride, panel, steps, starts, starts_stride, scales, sums); break;
+
+static void micro_group(int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
+                        const int32_t *starts, int64_t starts_stride, const float *scales, float *sums) {
+    switch (rows) {
+        GROUP_CASE(1) GROUP_CASE(2) GROUP_CASE(3) GROUP_CASE(4) GROUP_CASE(5) GROUP_CASE(6)
+    }
+}
+
 #define TILE_PART(m) eb_even_part(m, TILE)
 EB_INLINE void micro_begin(void) {}
 EB_INLINE void micro_end(void) {}

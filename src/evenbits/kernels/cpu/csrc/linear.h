@@ -3,6 +3,7 @@
      LANES, VECTORS, BLOCK   outputs of a vector, vectors of a panel, bytes of a row that pack_block reads
      TILE, TILE_PART(m)      rows of x that micro handles at most, and how many of m rows it shall take next
      PANEL_OFFSET            128 if weights of a panel are unsigned (code + 128, what vpdpbusd wants), 0 if signed
+     micro_group             optionally (HAVE_MICRO_GROUP): micro for a group of columns, scaled and summed in registers
      pack_block, micro       see below;   ROWS_UP_TO(a), HAVE_ROWS: the direct path for few rows (rows.h), or 0
 
    Two paths. Few rows: weights go from their bytes straight into dot products along K (rows.h). Many rows: the weights of
@@ -22,7 +23,7 @@
 #define ROW_PAD 64     /* bytes between rows, so that their lines do not fall into one cache set */
 #define ROWS_OUTPUTS 64 /* outputs of a task of the direct path */
 #define MOST_OUTPUTS EB_MAX(OUTPUTS, ROWS_OUTPUTS)
-#define PANEL_COLUMNS 512
+#define PANEL_COLUMNS 384 /* with 64 outputs a panel and rows of x stay in an L1 cache of 32 KB */
 
 typedef struct {
     const eb_args *a;
@@ -38,6 +39,8 @@ typedef struct {
 } job;
 
 EB_INLINE int64_t columns_per_byte(const eb_args *a) { return a->weight_kind == EB_W_INT8 ? 1 : 2; }
+
+#include "ahead.h"
 
 static void quantize_task(void *context, int64_t task);
 static void finish(const job *j, int64_t n0, int64_t n, int32_t *totals, int64_t stride);
@@ -137,8 +140,6 @@ static void finish(const job *j, int64_t n0, int64_t n, int32_t *totals, int64_t
 static int pack(const eb_args *a, int64_t n0, int64_t from, int64_t bytes, uint8_t *panel, uint8_t *rest) {
     int64_t row_bytes = (a->columns + columns_per_byte(a) - 1) / columns_per_byte(a);
     int64_t block_bytes = BLOCK / 4 * columns_per_byte(a) * STEP_BYTES, exceeds = 0;
-    /* What comes next: the same rows further on, or the next panel. */
-    int64_t ahead = from + bytes < row_bytes ? bytes : OUTPUTS * a->weight_stride - from;
     uint8_t tail[LANES][BLOCK] __attribute__((aligned(64)));
     for (int v = 0; v < VECTORS; v++) {
         const uint8_t *rows[LANES];
@@ -147,7 +148,6 @@ static int pack(const eb_args *a, int64_t n0, int64_t from, int64_t bytes, uint8
         for (int64_t at = 0; at < bytes; at += BLOCK) {
             int64_t left = row_bytes - (from + at), to = at / BLOCK * block_bytes + v * LANES * 4;
             for (int i = 0; i < LANES; i++) {
-                __builtin_prefetch(rows[i] + ahead, 0, 2);
                 if (left < BLOCK) {
                     memset(tail[i], 0, BLOCK);
                     memcpy(tail[i], rows[i], (size_t)left);
@@ -161,12 +161,12 @@ static int pack(const eb_args *a, int64_t n0, int64_t from, int64_t bytes, uint8
     return exceeds != 0;
 }
 
-/* Scales of `count` groups from `first`, transposed: [count][OUTPUTS]. */
-static void gather_scales(const eb_args *a, int64_t n0, int64_t first, int64_t count, float *scales, float *line) {
+/* Scales of all groups, transposed: [segments][OUTPUTS]; line: [segments], scratch. */
+static void gather_scales(const job *j, int64_t n0, float *scales, float *line) {
+    const eb_args *a = j->a;
     for (int64_t i = 0; i < OUTPUTS; i++) {
-        int64_t n = EB_MIN(n0 + i, a->outputs - 1);
-        eb_scales(a, n * a->scale_stride + first, count, line);
-        for (int64_t g = 0; g < count; g++) scales[g * OUTPUTS + i] = line[g];
+        eb_scales(a, EB_MIN(n0 + i, a->outputs - 1) * a->scale_stride, j->segments, line);
+        for (int64_t g = 0; g < j->segments; g++) scales[g * OUTPUTS + i] = line[g];
     }
 }
 
@@ -196,19 +196,31 @@ static void micro_pair(const job *j, int64_t m, int64_t rows, int64_t first, int
     micro((int)rows, x, j->stride, rest + offset, steps, totals);
 }
 
-/* One panel, columns first … first + columns of OUTPUTS outputs, for all rows; totals [m][OUTPUTS]. */
+/* One panel, columns first … first + columns of OUTPUTS outputs, for all rows; totals [m][OUTPUTS]. The next one's bytes are
+   fetched meanwhile. */
 static void multiply(const job *j, int64_t first, int64_t columns, const uint8_t *panel, const uint8_t *rest,
-                     const float *scales, int32_t *totals) {
+                     const float *scales, upcoming *next, int32_t *totals) {
+    int64_t tiles = (j->m + TILE - 1) / TILE, lines = (OUTPUTS * (next->bytes / 64 + 1) + tiles - 1) / tiles;
     int32_t tile[TILE * OUTPUTS] __attribute__((aligned(64)));
     int64_t s0 = first / j->segment;
     for (int64_t m = 0, rows; m < j->m; m += rows, totals += rows * OUTPUTS) {
         rows = TILE_PART(j->m - m);
+        fetch(next, lines);
         if (!j->a->group) {
             micro_pair(j, m, rows, first, first, columns, panel, rest, totals);
             continue;
         }
         for (int64_t s = s0; s * j->segment < first + columns; s++) {
             int64_t from = s * j->segment, count = EB_MIN(j->segment, first + columns - from);
+#ifdef HAVE_MICRO_GROUP
+            if (!rest) {
+                int64_t steps = EB_UP(count, 4 * columns_per_byte(j->a)) / 4;
+                micro_group((int)rows, j->codes + m * j->stride + from, j->stride, panel + (from - first) / 4 * STEP_BYTES,
+                            (int)steps, j->starts + m * j->segments + s, j->segments, scales + (s - s0) * OUTPUTS,
+                            (float *)totals);
+                continue;
+            }
+#endif
             for (int64_t r = 0; r < rows; r++) fill(tile + r * OUTPUTS, j->starts[(m + r) * j->segments + s]);
             micro_pair(j, m, rows, first, from, count, panel, rest, tile);
             for (int64_t r = 0; r < rows; r++)
@@ -227,22 +239,21 @@ static void panel_task(void *context, int64_t task) {
     int wide = a->weight_kind == EB_W_WIDE_PAIRS;
     uint8_t *panel = eb_memory(EB_MEM_PANEL, panel_bytes);
     uint8_t *rest = wide ? eb_memory(EB_MEM_REST, panel_bytes) : panel;
-    float *scales = eb_memory(EB_MEM_SCALES, (size_t)(groups * (OUTPUTS + 1) + 1) * sizeof(float));
+    float *scales = eb_memory(EB_MEM_SCALES, (size_t)(j->segments * (OUTPUTS + 1)) * sizeof(float));
     int32_t *totals = eb_memory(EB_MEM_TOTALS, (size_t)(j->m * OUTPUTS) * sizeof(int32_t));
     if (!panel || !rest || !scales || !totals) {
         EB_FAIL(j);
         return;
     }
     for (int64_t m = 0; m < j->m; m++) fill(totals + m * OUTPUTS, a->group ? 0 : j->starts[m]);
+    if (a->group) gather_scales(j, n0, scales, scales + j->segments * OUTPUTS);
     micro_begin();
     for (int64_t first = 0; first < a->columns; first += width) {
         int64_t columns = EB_MIN(width, a->columns - first);
         int any = pack(a, n0, first / per_byte, (columns + per_byte - 1) / per_byte, panel, rest);
-        if (a->group) {
-            int64_t g = first / a->group;
-            gather_scales(a, n0, g, EB_MIN(groups, j->segments - g), scales, scales + groups * OUTPUTS);
-        }
-        multiply(j, first, columns, panel, wide && any ? rest : NULL, scales, totals);
+        const float *scale = a->group ? scales + first / a->group * OUTPUTS : NULL;
+        upcoming next = next_panel(a, n0, first + columns, width);
+        multiply(j, first, columns, panel, wide && any ? rest : NULL, scale, &next, totals);
     }
     micro_end();
     finish(j, n0, outputs, totals, OUTPUTS);
