@@ -6,7 +6,7 @@
 --peers names a Python of an environment of its own for what is not torch, because such packages bring other versions:
 
     python -m venv peers && peers/bin/pip install torch transformers onnx onnxscript onnxruntime openvino nncf
-    peers/bin/pip install --no-deps torchao bitsandbytes optimum-quanto ninja
+    peers/bin/pip install --no-deps torchao bitsandbytes optimum-quanto ninja -e .
 
 Every variant lives in a process of its own (transformers_worker.py), and they run by turns, one call at a time,
 forwards and backwards, while the others wait. One thread: CPU time of the process, 25th percentile; more: least wall
