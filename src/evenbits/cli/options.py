@@ -25,6 +25,9 @@ Criterion = Annotated[
 Scope = Annotated[
     str | None, typer.Option(help="Of --alpha auto: region (each its own α), or block (one α, by its output).")
 ]
+BiasCorrection = Annotated[
+    bool, typer.Option("--bias-correction", help="Take what rounding adds to each output on average off its bias.")
+]
 Sequential = Annotated[
     bool, typer.Option("--sequential", help="Of --alpha auto: later blocks are tuned on quantized inputs.")
 ]

@@ -28,6 +28,7 @@ def quantize(
     criterion: options.Criterion = None,
     scope: options.Scope = None,
     sequential: options.Sequential = False,
+    bias_correction: options.BiasCorrection = False,
     policy: options.Policy = None,
     calibration: options.Calibration = None,
     samples: options.Samples = 128,
@@ -52,7 +53,12 @@ def quantize(
             scheme=scheme,
             method=method,
             options=options.given(
-                alpha=alpha, policy=policy, criterion=criterion, scope=scope, sequential=sequential or None
+                alpha=alpha,
+                policy=policy,
+                criterion=criterion,
+                scope=scope,
+                sequential=sequential or None,
+                bias_correction=bias_correction or None,
             ),
             calibration=calibration,
             samples=samples,

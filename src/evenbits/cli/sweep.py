@@ -45,6 +45,7 @@ def sweep(
     criterion: options.Criterion = None,
     scope: options.Scope = None,
     sequential: options.Sequential = False,
+    bias_correction: options.BiasCorrection = False,
     policy: options.Policy = None,
     auto: _Auto = True,
     calibration: options.Calibration = None,
@@ -69,6 +70,7 @@ def sweep(
     folder = output if output is not None else _default_output(model, scheme)
     picture = plot if plot is not None else folder / "sweep.svg"
     chosen = _given(criterion=criterion, scope=scope, sequential=sequential or None, policy=policy)
+    chosen |= {"bias_correction": True} if bias_correction else {}
     evaluation = _given(
         max_documents=max_documents, context=context, stride=stride, batch_size=evaluation_batch_size,
         max_length=max_length,

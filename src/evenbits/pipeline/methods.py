@@ -30,11 +30,12 @@ class Tuning:
 
 
 _TUNING = ("scope", "sequential")
+_ALWAYS = ("bias_correction",)
 
 
 @dataclass(frozen=True)
 class Methods:
-    """The functions of one run and the options of each."""
+    """The functions of one run and the options of each. bias_correction: of any method (bias_correction.py)."""
 
     name: str
     options: dict[str, Any]
@@ -43,6 +44,7 @@ class Methods:
     weight_options: dict[str, Any]
     balance_options: dict[str, Any]
     tuning: Tuning
+    bias_correction: bool = False
 
     @staticmethod
     def parse(name: str, options: Mapping[str, Any]) -> Methods:
@@ -61,10 +63,13 @@ class Methods:
         balance = found.get("balance")
         split = {kind: _own(function, options) for kind, function in (("weight", weight), ("balance", balance))}
         split["tuning"] = {name: options[name] for name in _TUNING if name in options and balance is not None}
+        correction = options.get("bias_correction", False)
+        if not isinstance(correction, bool):
+            raise EvenbitsError(f"option 'bias_correction' must be true or false; given {correction!r}.")
         for option in options:
-            if not any(option in own for own in split.values()):
-                allowed = [*_names(weight), *_names(balance), *(_TUNING if balance is not None else ())]
-                raise unknown_name(f"option of method {name!r}:", option, allowed or ["(none)"])
+            if option not in _ALWAYS and not any(option in own for own in split.values()):
+                allowed = [*_names(weight), *_names(balance), *(_TUNING if balance is not None else ()), *_ALWAYS]
+                raise unknown_name(f"option of method {name!r}:", option, allowed)
         tuning = Tuning(**split["tuning"])
         criterion = split["balance"].get("criterion", "loss")
         if tuning.scope == "block" and criterion != "loss":
@@ -72,7 +77,7 @@ class Methods:
                 f"criterion {criterion!r} joins the α that suit each layer, and scope 'block' has none of them: it "
                 "gives a block one α by the block's output. Use scope 'region', or criterion 'loss'."
             )
-        return Methods(name, dict(options), weight, balance, split["weight"], split["balance"], tuning)
+        return Methods(name, dict(options), weight, balance, split["weight"], split["balance"], tuning, correction)
 
 
 def default_method(scheme: Scheme) -> str:

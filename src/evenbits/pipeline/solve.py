@@ -27,6 +27,7 @@ from evenbits.numerics.qtensor import QTensor
 from evenbits.observers.calibrate import watching
 from evenbits.pipeline.activations import activation_quantizers
 from evenbits.pipeline.balanced import Balanced
+from evenbits.pipeline.bias_correction import correct_biases
 from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.plan import LayerPlan
 from evenbits.pipeline.watch import Watched
@@ -68,6 +69,10 @@ def solve(
             built[plan.name] = layer, error, pair_statistics(weight_OK, quantized)
         except EvenbitsError as error:
             raise EvenbitsError(f"layer {plan.name}: {error}") from error
+    if methods.bias_correction:
+        if watched is None:
+            raise EvenbitsError("bias correction measures on calibration data; give data (--calibration).")
+        correct_biases(model, plans, {name: layer for name, (layer, _, _) in built.items()}, balanced, watched)
     outputs = {} if watched is None else _output_errors(model, built, balanced, watched)
     unseen = {plan.name for plan in plans if watched is not None and not watched.ranges[plan.name].seen}
     note = "did not run on the calibration data: rounded without statistics"
