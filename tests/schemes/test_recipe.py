@@ -44,8 +44,12 @@ def test_the_olive_recipe() -> None:
     by_scheme = {run.scheme: run for run in recipe.runs}
     assert by_scheme[resolve("W4A4")].method == "rtn"
     assert by_scheme[resolve("W4A4_ANT")].method == "ant"
-    assert by_scheme[resolve("W4A4_OVP_REFERENCE")].options == {"weighted": False}
-    assert by_scheme[resolve("W4A4_OVP")].options == {}
+    by_name = {run.name: run for run in recipe.runs}
+    assert recipe.reference == "OliVe, released rule"
+    assert by_name["OliVe, released rule"].scheme == resolve("W4A4_OVP_REFERENCE")
+    assert by_name["OliVe, released rule"].options == {"weighted": False}
+    assert by_name["OliVe, ours"] == RecipeRun("OliVe, ours", resolve("W4A4_OVP"), "olive")
+    assert by_name["OliVe, ours, bias corrected"].options == {"bias_correction": True}
     assert {resolve("W4A8_OVP"), resolve("W4A8_OVP_G32"), resolve("W4A16_OVP_G32")} <= set(by_scheme)
 
 
@@ -133,3 +137,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name in ("missing.yaml", "binary.yaml", "folder.yaml"):
         with pytest.raises(EvenbitsError, match=rf"the recipe .*{name} cannot be read"):
             read_recipe(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reference": "in4"}, "a run 'in4'. Did you mean 'int4'"),
+        ({"reference": 4}, "'reference' must be the name of a run"),
+        ({"runs": [RUN, RUN]}, "two runs are called"),
+    ],
+)
+def test_runs_are_called_by_name(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(EvenbitsError, match=words):
+        read_recipe(_file(tmp_path, {**GOOD, **changes}))
