@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from evenbits.errors import EvenbitsError
+from evenbits.evaluation.latency import forward
 from evenbits.nn.replace import replace_modules
-from evenbits.pipeline.variants import Variant
+from evenbits.pipeline.variants import Variant, to_type
 
 # Peer → the packages it needs.
 PEERS: dict[str, tuple[str, ...]] = {
@@ -46,7 +47,10 @@ def peers(model: nn.Module, batch: Any) -> tuple[list[Variant], list[str]]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations of the peers' own
-                found.append(_BUILDERS[name](model, batch))
+                variant = _BUILDERS[name](model, batch)
+                with torch.inference_mode():  # some say only now that they cannot
+                    forward(variant.run, to_type(batch, variant.dtype))()
+            found.append(variant)
         except Exception as error:  # whatever a peer raises for a model it cannot take
             reason = " ".join(str(error).split())[:160]
             notes.append(f"{name}: not measured ({type(error).__name__}: {reason}).")
@@ -88,6 +92,10 @@ def _bitsandbytes(model: nn.Module, _: Any) -> Variant:
     made, half = copy.deepcopy(model).to(torch.bfloat16), torch.bfloat16
     smaller: dict[str, nn.Module] = {}
     for name, layer in _linears(made).items():
+        if (
+            layer.out_features % 64
+        ):  # its CPU product refuses those; transformers leaves heads alone for its own reasons
+            continue
         sizes = (layer.in_features, layer.out_features, layer.bias is not None, half)
         smaller[name] = library.nn.Linear4bit(*sizes, quant_type="nf4")
         smaller[name].load_state_dict(layer.state_dict())
