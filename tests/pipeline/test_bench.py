@@ -12,10 +12,11 @@ from torch import nn
 import evenbits
 from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
+from evenbits.pipeline import peers as peers_module
 from evenbits.pipeline.bench import Wish, bench
 from evenbits.pipeline.bench_inputs import Inputs, items
 from evenbits.pipeline.peers import PEERS, peers
-from evenbits.pipeline.variants import decoded, served
+from evenbits.pipeline.variants import Variant, decoded, served
 
 SOURCE = """
 import torch
@@ -113,6 +114,18 @@ def test_a_peer_that_cannot_take_the_model_is_named_with_its_reason() -> None:
     found, notes = peers(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8))
     assert all(variant.name != "torch dynamic int8" for variant in found)
     assert any(note.startswith("torch dynamic int8: not measured") and "linear layers only" in note for note in notes)
+
+
+def test_a_peer_that_fails_at_its_first_call_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes does on a CPU where a layer has two outputs."""
+
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("N must be divisible by block_n")
+
+    monkeypatch.setitem(peers_module._BUILDERS, "torch dynamic int8", lambda *_: Variant("x", broken, None))
+    found, notes = peers(nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8))
+    assert all(variant.run is not broken for variant in found)
+    assert "torch dynamic int8: not measured (AssertionError: N must be divisible by block_n)." in notes
 
 
 @pytest.mark.parametrize(
