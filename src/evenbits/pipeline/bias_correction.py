@@ -1,11 +1,11 @@
 """Bias correction: what rounding adds to every output of a layer on average is taken off its bias.
 
-    b ← b − E[ŷ − y]        per output channel, over the calibration data; ŷ of the quantized layer, y of the float one
+    b ← b − E[ŷ − y]     per output channel, over the calibration data; ŷ of the quantized layer, y of the float one
 
-Rounding errors of weights do not average out where inputs have means: they shift an output by the same amount for every
-token, and later layers cannot tell that from a signal (docs/olive-sst2.md). Costs nothing at run time, and one more
-walk over the calibration data. Each layer is corrected by itself, on the float model's inputs. Layers without a bias stay as
-they are.
+Rounding errors of weights do not average out where inputs have means: they shift an output by the same amount for
+every token, and later layers cannot tell that from a signal (docs/olive-sst2.md). Costs nothing at run time, and one
+more walk over the calibration data. Each layer is corrected by itself, on the float model's inputs. Layers without a
+bias stay as they are.
 
 Source: M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
 4.2 (there from BatchNorm's statistics; here measured, with the activations' rounding included).
