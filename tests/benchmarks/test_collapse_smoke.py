@@ -76,6 +76,17 @@ def test_one_direction_and_sets_of_parts_have_names_and_tables_of_their_own() ->
     assert collapse.read_lines(r.jsonl(runs)) == runs
 
 
+def test_some_of_the_runs_in_the_order_of_their_patterns() -> None:
+    settings = list(collapse.plan(2))
+    assert collapse.chosen(settings, None) == settings
+    found = collapse.chosen(settings, ["zero-4-seed1-*", "none-*", "*-seed1-48px*"])
+    assert [setting.name for setting in found[:3]] == [
+        "zero-4-seed1-48px-200steps", "none-32-seed0-48px-200steps", "none-32-seed1-48px-200steps",
+    ]  # fmt: skip
+    assert len(set(found)) == len(found) and all(setting.seed == 1 for setting in found[3:])
+    assert collapse.chosen(settings, ["nothing*"]) == []
+
+
 def test_a_cut_quantizes_the_asked_direction_only() -> None:
     x = torch.randn(2, 3, 8, 8)
     for direction, changed in (("both", (True, True)), ("forward", (True, False)), ("backward", (False, True))):
