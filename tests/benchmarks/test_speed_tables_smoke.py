@@ -74,7 +74,7 @@ def test_transformers(tmp_path: Path) -> None:
     """Float32 and one of ours, both tasks of BERT; a peer without its environment says so."""
     words = ("--model", "bert", "--rounds", "1", "--variant", "evenbits W8A8", "--variant", "OpenVINO NNCF")
     printed = run("transformers_cpu.py", *words, "--json", str(tmp_path / "found.json"))
-    rows = json.loads((tmp_path / "found.json").read_text())["bert"]
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]["bert"]
     assert any(row["variant"] == "evenbits W8A8" and row["ms"] > 0 and row["decibels"] > 20 for row in rows)
     assert any(row["variant"] == "OpenVINO NNCF int8" and row["ms"] is None for row in rows)
     assert "no --peers" in printed
