@@ -26,10 +26,12 @@ from evenbits.numerics.search import counting_cost
 FORMATS = ("ovp4:row", "ovp4:g128", "ovp4:g32", "ovp4:g16", "ovp4-mix:g32")
 SHAPES = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
 EMBEDDING = (50257, 768)
+MMAP_THRESHOLD = -3  # of mallopt: what is freed goes back at once, or holes between allocations would be counted
 
 
 def extra_memory(shape: tuple[int, int], fmt: str) -> float:
     """Peak bytes beside the tensor while it is encoded, over its float32 bytes."""
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would serve, unseen
     Path("/proc/self/clear_refs").write_text("5")
