@@ -250,6 +250,8 @@ def chosen(settings: list[Setting], patterns: list[str] | None) -> list[Setting]
     if patterns is None:
         return settings
     found = [setting for pattern in patterns for setting in settings if fnmatch(setting.name, pattern)]
+    if not found:
+        raise SystemExit(f"--only {' '.join(patterns)}: no run is called so; {settings[0].name} is one")
     return list(dict.fromkeys(found))
 
 

@@ -144,7 +144,8 @@ def show(columns: dict[str, dict[str, list[float]]], most: dict[str, float] | No
     if most is None:
         print("no C compiler: the ceilings were not measured")
         return
-    print(f"one core at most: {most['gops']:.0f} G int8 operations/s, {most['gbytes']:.0f} GB/s from memory")
+    products_most = f"{most['gops']:.0f} G" if most["gops"] else "(not measured without AVX-512 VNNI)"
+    print(f"one core at most: {products_most} int8 operations/s, {most['gbytes']:.0f} GB/s from memory")
     for shape, taken in columns.items():
         m, k, n = map(int, shape.split("x"))
         if "evenbits W8A8" in taken and most["gops"]:

@@ -4,7 +4,9 @@
 
    prints {"gops": …, "gbytes": …}: the best of 20 tries each. Twelve independent sums keep the multipliers busy; reading adds up
    64-byte lines of an array of MEGABYTES. */
+#ifdef __AVX512VNNI__
 #include <immintrin.h>
+#endif
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -276,8 +276,10 @@ def test_a_linear_twin_becomes_the_layer_it_was(weight: str, activation: str | N
     layer = twin.eval().to_quantized()
     assert layer.qweight().dequantize().equal(twin.fake_weight())
     expected = twin(x).detach()
-    # The last bits of a float product depend on where rows begin: 17 columns of pairs are cut out of 18 (Zen 4).
-    assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    if layer.is_integer or layer.is_streamed:
+        assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    else:
+        assert layer(x).equal(expected)
 
 
 @pytest.mark.parametrize("activation", [None, "int8:tensor", "ovp4:tensor", "int8:row"])

@@ -75,12 +75,23 @@ def test_the_mean_error_of_every_output_is_gone(make: Callable[[], Any], scheme:
             assert other.output_sqnr_db >= row.output_sqnr_db - 1e-3  # measured after the correction
 
 
-def test_layers_without_a_bias_stay_as_they_are() -> None:
+def test_layers_without_a_bias_stay_as_they_are_and_say_so() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 8, bias=False))
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(8, 4))
     x = torch.randn(9, 16) + 1
-    evenbits.quantize(model, scheme={"weights": "int3:row"}, method="rtn", data=[x], bias_correction=True)
+    result = evenbits.quantize(model, scheme={"weights": "int3:row"}, method="rtn", data=[x], bias_correction=True)
     assert model[0].bias is None
+    assert [row.reason for row in result.layers] == ["no bias to correct", ""]
+
+
+def test_nothing_to_correct_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(16, 8, bias=False))
+    before = model[0].weight
+    with pytest.raises(EvenbitsError, match="no quantized layer has a bias"):
+        evenbits.quantize(
+            model, scheme={"weights": "int3:row"}, method="rtn", data=[torch.randn(9, 16)], bias_correction=True
+        )
+    assert model[0].weight is before
 
 
 @pytest.mark.parametrize(

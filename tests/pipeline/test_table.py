@@ -277,3 +277,10 @@ def test_divergences_are_those_of_an_independent_computation(data: Path, tmp_pat
     assert pairs.difference < 0  # pairs of 4 bits keep more than 2 bits
     assert pairs.paired_error == pytest.approx(float(apart.std()) / math.sqrt(12), rel=1e-3)
     assert (coarse.difference, coarse.paired_error) == (None, None)
+
+
+def test_a_reference_without_classes_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = Evaluation("perplexity", {"perplexity": 12.0}, 2, None, ((3.0, 5), (4.0, 6)))
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: documents)
+    with pytest.raises(EvenbitsError, match=r"'reference: coarse' compares divergences .* has none; leave it out"):
+        make_table(_recipe(tmp_path, reference="coarse"), data, say=lambda _: None)

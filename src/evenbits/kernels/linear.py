@@ -16,9 +16,9 @@ import torch
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import dispatch, fused, reference
 from evenbits.kernels.activations import apply_activation, check_activation
-from evenbits.kernels.checks import check_int8, check_outputs, check_rows, check_stored, check_sums
+from evenbits.kernels.checks import check_int8, check_outputs, check_packed, check_rows, check_stored, check_sums
 from evenbits.kernels.matmul import check_shapes, int8_matmul
-from evenbits.kernels.pair_codes import PairCodes, pair_codes, pair_values
+from evenbits.kernels.pair_codes import pair_codes, pair_values
 from evenbits.kernels.quantize import fused_rows, parse_format, quantize_rows
 from evenbits.kernels.torch_int8 import exact_product
 from evenbits.numerics import scales
@@ -77,7 +77,7 @@ def linear_pair(
             "linear_pair takes 4-bit weights of integer values, one scale a row or in groups of 8·n columns "
             f"(groups: symmetric activations); given {weight_format} weights and {format} activations."
         )
-    _check_packed(x, weight, stored, table)
+    check_packed(x, weight, stored, table.row_bytes)
     check_rows(x, multiplier, scale, zero_point)
     check_stored(x, weight, weight_scale, global_scale, table.group)
     check_outputs(x, len(weight), bias, weight_sum)
@@ -119,15 +119,6 @@ def _check(fmt: Format, weight_sum: torch.Tensor | None, activation: str) -> Non
     check_activation(activation)
     if not fmt.rule.symmetric and weight_sum is None:
         raise EvenbitsError("affine activations need the row sums of the weight codes (weight_sum).")
-
-
-def _check_packed(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, table: PairCodes) -> None:
-    columns = x.shape[-1]
-    if weight_OB.dtype != torch.uint8 or weight_OB.ndim != 2 or weight_OB.shape[1] != table.row_bytes:
-        raise EvenbitsError(
-            f"{columns} columns of {fmt} take uint8 rows of {table.row_bytes} bytes; given {weight_OB.dtype} "
-            f"{list(weight_OB.shape)}."
-        )
 
 
 def _minus_zero(

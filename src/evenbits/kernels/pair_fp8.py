@@ -19,7 +19,7 @@ import torch
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import dispatch, fused, reference
 from evenbits.kernels.activations import apply_activation, check_activation
-from evenbits.kernels.checks import check_outputs, check_rows, check_stored
+from evenbits.kernels.checks import check_outputs, check_packed, check_rows, check_stored
 from evenbits.kernels.pair_codes import FloatCodes, e4m3_codes
 from evenbits.kernels.quantize import parse_format
 from evenbits.numerics import elements, scales
@@ -117,16 +117,11 @@ def _exact(values_MK: torch.Tensor, decoded_NK: torch.Tensor) -> torch.Tensor:
 
 def _checked(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, activation: str) -> FloatCodes:
     check_activation(activation)
-    columns = x.shape[-1]
-    codes = e4m3_codes(fmt, columns)
+    codes = e4m3_codes(fmt, x.shape[-1])
     if isinstance(codes, str):
         raise EvenbitsError(
             "linear_pair_fp8 takes symmetric 4-bit weights whose values E4M3 holds, one scale a row, a tensor or 8·n "
             f"columns; {fmt} has {codes}."
         )
-    if weight_OB.dtype != torch.uint8 or weight_OB.ndim != 2 or weight_OB.shape[1] != codes.row_bytes:
-        raise EvenbitsError(
-            f"{columns} columns of {fmt} take uint8 rows of {codes.row_bytes} bytes; given {weight_OB.dtype} "
-            f"{list(weight_OB.shape)}."
-        )
+    check_packed(x, weight_OB, fmt, codes.row_bytes)
     return codes

@@ -18,7 +18,7 @@ import torch
 from evenbits.errors import EvenbitsError
 from evenbits.kernels import dispatch, fused, reference
 from evenbits.kernels.activations import apply_activation, check_activation
-from evenbits.kernels.checks import check_outputs, check_rows, check_stored
+from evenbits.kernels.checks import check_outputs, check_packed, check_rows, check_stored
 from evenbits.kernels.pair_codes import FloatCodes, float_codes
 from evenbits.kernels.quantize import parse_format
 from evenbits.numerics.format import Format
@@ -95,18 +95,13 @@ def _linear(x_MK: torch.Tensor, weight_PK: torch.Tensor) -> torch.Tensor:
 
 def _checked(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, activation: str) -> FloatCodes:
     check_activation(activation)
-    columns = x.shape[-1]
-    codes = float_codes(fmt, columns)
+    codes = float_codes(fmt, x.shape[-1])
     if isinstance(codes, str):
         raise EvenbitsError(
             f"linear_pair_float takes symmetric 4-bit weights, one scale a row, a tensor or 8·n columns; {fmt} has "
             f"{codes}."
         )
-    if weight_OB.dtype != torch.uint8 or weight_OB.ndim != 2 or weight_OB.shape[1] != codes.row_bytes:
-        raise EvenbitsError(
-            f"{columns} columns of {fmt} take uint8 rows of {codes.row_bytes} bytes; given {weight_OB.dtype} "
-            f"{list(weight_OB.shape)}."
-        )
+    check_packed(x, weight_OB, fmt, codes.row_bytes)
     return codes
 
 

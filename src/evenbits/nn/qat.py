@@ -297,7 +297,9 @@ class QATLayer(nn.Module):
             return x
         if self.input_quantizer is None:
             return fake_quantize(x.detach(), self.input_format) + (x - x.detach())
-        return self.input_quantizer(x.reshape(-1, x.shape[-1])).view(x.shape)  # type: ignore[no-any-return]
+        # An odd row of pairs is cut out of a wider one, and a float product's last bits depend on where rows begin.
+        found: torch.Tensor = self.input_quantizer(x.reshape(-1, x.shape[-1]))
+        return found.contiguous().view(x.shape)
 
     @torch.no_grad()
     def qweight(self) -> QTensor:

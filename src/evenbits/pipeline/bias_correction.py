@@ -5,7 +5,7 @@
 Rounding errors of weights do not average out where inputs have means: they shift an output by the same amount for
 every token, and later layers cannot tell that from a signal (docs/olive-sst2.md). Costs nothing at run time, and one
 more walk over the calibration data. Each layer is corrected by itself, on the float model's inputs. Layers without a
-bias stay as they are.
+bias stay as they are, and their rows of the result say so.
 
 Source: M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section
 4.2 (there from BatchNorm's statistics; here measured, with the activations' rounding included).
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from evenbits.errors import EvenbitsError
 from evenbits.nn.base import QuantizedLayer
 from evenbits.observers.calibrate import watching
 from evenbits.pipeline.balanced import Balanced
@@ -47,7 +48,10 @@ def correct_biases(
     balanced: Balanced,
     watched: Watched,
 ) -> None:
-    """Corrects the biases of quantized layers that are not in the model yet. Nothing of an activation is kept."""
+    """Corrects the biases of quantized layers that are not in the model yet. Nothing of an activation is kept. Raises
+    EvenbitsError if there is no bias to correct."""
+    if all(layer.bias is None for layer in layers.values()):
+        raise EvenbitsError("no quantized layer has a bias, so there is none to correct; leave bias_correction out.")
     spatial = {plan.name: plan.channels.spatial for plan in plans}
     shifts: dict[str, _Shift] = {}
 

@@ -101,7 +101,8 @@ def _bitsandbytes(model: nn.Module, _: Any) -> Variant:
         smaller[name].load_state_dict(layer.state_dict())
         smaller[name].to("cpu")  # which packs the weight
     replace_modules(made, smaller)
-    return Variant("bitsandbytes nf4", made.eval(), None, "bfloat16")
+    kept = len(_linears(model)) - len(smaller)  # said in the name: the figure is theirs too
+    return Variant(f"bitsandbytes nf4{f', {kept} layers bfloat16' * bool(kept)}", made.eval(), None, "bfloat16")
 
 
 def _quanto(model: nn.Module, _: Any) -> Variant:

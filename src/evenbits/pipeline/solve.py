@@ -75,9 +75,11 @@ def solve(
         correct_biases(model, plans, {name: layer for name, (layer, _, _) in built.items()}, balanced, watched)
     outputs = {} if watched is None else _output_errors(model, built, balanced, watched)
     unseen = {plan.name for plan in plans if watched is not None and not watched.ranges[plan.name].seen}
-    note = "did not run on the calibration data: rounded without statistics"
+    notes = dict.fromkeys(unseen, "did not run on the calibration data: rounded without statistics")
+    if methods.bias_correction:
+        notes |= {name: "no bias to correct" for name in built.keys() - unseen if built[name][0].bias is None}
     return {
-        name: Solved(module, error, outputs.get(name), note if name in unseen else "", pairs)
+        name: Solved(module, error, outputs.get(name), notes.get(name, ""), pairs)
         for name, (module, error, pairs) in built.items()
     }
 

@@ -69,6 +69,11 @@ def make_table(recipe: Recipe, data: Path, *, model: str | None = None, say: Cal
     source = open_model(name)
     baseline = _scored(recipe, source, data)
     metric = _metric(recipe, baseline)
+    if recipe.reference is not None and baseline.log_probabilities is None:
+        raise EvenbitsError(
+            f"'reference: {recipe.reference}' compares divergences of class probabilities, and task {recipe.task!r} "
+            "has none; leave it out."
+        )
     rows = [_row("float", metric, baseline, None, None, recipe.published)]
     lost: dict[str, torch.Tensor] = {}
     for run in recipe.runs:

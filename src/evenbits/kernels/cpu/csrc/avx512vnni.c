@@ -111,11 +111,8 @@ EB_INLINE void transpose(const uint8_t *const *rows, vec *out) {
 #include "packing.h"
 
 #ifndef MICRO
-EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
-                          int32_t *totals) {
-    vec acc[TILE][VECTORS];
-    EB_UNROLL for (int r = 0; r < rows; r++)
-        EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = v_load(totals + r * 64 + 16 * v);
+EB_INLINE void micro_steps(const int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
+                           vec (*acc)[VECTORS]) {
     for (int s = 0; s < steps; s++, x += 4, panel += VECTORS * 64) {
         vec w[VECTORS];
         EB_UNROLL for (int v = 0; v < VECTORS; v++) w[v] = v_load(panel + 64 * v);
@@ -126,6 +123,14 @@ EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const
             EB_UNROLL for (int v = 0; v < VECTORS; v++) V_DOT(acc[r][v], w[v], broadcast);
         }
     }
+}
+
+EB_INLINE void micro_rows(const int rows, const int8_t *x, int64_t stride, const uint8_t *panel, int steps,
+                          int32_t *totals) {
+    vec acc[TILE][VECTORS];
+    EB_UNROLL for (int r = 0; r < rows; r++)
+        EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = v_load(totals + r * 64 + 16 * v);
+    micro_steps(rows, x, stride, panel, steps, acc);
     EB_UNROLL for (int r = 0; r < rows; r++)
         EB_UNROLL for (int v = 0; v < VECTORS; v++) v_store(totals + r * 64 + 16 * v, acc[r][v]);
 }
@@ -151,16 +156,7 @@ EB_INLINE void micro_group_rows(const int rows, const int8_t *x, int64_t stride,
     vec acc[TILE][VECTORS];
     EB_UNROLL for (int r = 0; r < rows; r++)
         EB_UNROLL for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm512_set1_epi32(starts[r * starts_stride]);
-    for (int s = 0; s < steps; s++, x += 4, panel += VECTORS * 64) {
-        vec w[VECTORS];
-        EB_UNROLL for (int v = 0; v < VECTORS; v++) w[v] = v_load(panel + 64 * v);
-        EB_UNROLL for (int r = 0; r < rows; r++) {
-            int32_t four;
-            memcpy(&four, x + r * stride, 4);
-            vec broadcast = _mm512_set1_epi32(four);
-            EB_UNROLL for (int v = 0; v < VECTORS; v++) V_DOT(acc[r][v], w[v], broadcast);
-        }
-    }
+    micro_steps(rows, x, stride, panel, steps, acc);
     EB_UNROLL for (int v = 0; v < VECTORS; v++) {
         __m512 scale = _mm512_loadu_ps(scales + 16 * v);
         EB_UNROLL for (int r = 0; r < rows; r++) {
