@@ -46,7 +46,7 @@ def check_int8(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 
 
 def check_packed(x: torch.Tensor, weight_OB: torch.Tensor, fmt: Format, row_bytes: int) -> None:
-    """Raises EvenbitsError unless a packed weight is uint8 [O, B] with the bytes that x's columns take in its format."""
+    """Raises EvenbitsError unless a packed weight is uint8 [O, B], B the bytes that x's columns take in its format."""
     if weight_OB.dtype != torch.uint8 or weight_OB.ndim != 2 or weight_OB.shape[1] != row_bytes:
         raise EvenbitsError(
             f"{x.shape[-1]} columns of {fmt} take uint8 rows of {row_bytes} bytes; given {weight_OB.dtype} "
