@@ -292,14 +292,12 @@ class QATLayer(nn.Module):
         return self.weight_quantizer(self.weight.flatten(1)).view(self.weight.shape)  # type: ignore[no-any-return]
 
     def fake_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] (what shares a scale: a token, an image) as the layer will see it, same shape and type."""
+        """x [..., K] (what shares a scale: a token, an image) as the layer will see it, rows laid as there too."""
         if self.input_format is None or not x.numel():
             return x
         if self.input_quantizer is None:
             return fake_quantize(x.detach(), self.input_format) + (x - x.detach())
-        # An odd row of pairs is cut out of a wider one, and a float product's last bits depend on where rows begin.
-        found: torch.Tensor = self.input_quantizer(x.reshape(-1, x.shape[-1]))
-        return found.contiguous().view(x.shape)
+        return self.input_quantizer(x.reshape(-1, x.shape[-1])).contiguous().view(x.shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def qweight(self) -> QTensor:
