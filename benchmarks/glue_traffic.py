@@ -56,7 +56,7 @@ SETTINGS = {
     "groups of 128, 4 bits": "int4:g128",
 }
 TASKS: dict[str, dict[str, Any]] = {
-    "cola": {"size": 24, "batch": 16, "steps": 250, "rate": 1e-4, "test": 0},
+    "cola": {"size": 16, "batch": 32, "steps": 532, "rate": 2e-4, "test": 0},
     "rte": {"size": 64, "batch": 16, "steps": 240, "rate": 6e-5, "test": 800},
 }
 CUTS = ("layer3", "layer4")

@@ -6,9 +6,9 @@
         --calibration DIR/imagenet-calibration.npz --data DIR/imagenet-evaluation.npz -o OUT
 
 Weights and pictures are read from EVENBITS_TEST_DATA. The models take pictures in 0..1 and normalise them themselves,
-so that the arrays are plain uint8. ImageNet: 500 pictures, one per even class; every fifth is calibration, the other
-400 are evaluation. CIFAR-10: 100 training pictures and every fifth test picture; the other 8000 test pictures are
-kept for confirmation.
+so that the arrays are plain uint8, and work in channels last. ImageNet: 500 pictures, one per even class; every fifth
+is calibration, the other 400 are evaluation. CIFAR-10: 100 training pictures and every fifth test picture; the other
+8000 test pictures are kept for confirmation.
 
 The planted models compute the same function with a few channels enlarged by powers of two from 8 to 64, and their
 readers' weights made as much smaller. ResNets: channels between the two convolutions of each block, where the ReLU
@@ -83,7 +83,7 @@ class MobileNetV2(nn.Module):
         self.head, self.classifier = _conv(channels, 1280), _conv(1280, 1001)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu6(self.stem(2 * x - 1))
+        x = F.relu6(self.stem((2 * x - 1).contiguous(memory_format=torch.channels_last)))
         for stage in self.stages:
             x = stage(x)
         x = F.relu6(self.head(x)).mean((2, 3), keepdim=True)
@@ -129,7 +129,8 @@ class ResNet(nn.Module):
         self.register_buffer("std", torch.tensor(_IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.bn1(self.conv1((x - self.mean) / self.std)))
+        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: torch.Tensor = self.linear(x.mean((2, 3)))
         return logits

@@ -158,13 +158,30 @@ def test_unbatched_and_empty(options: dict[str, Any], activation: str | None) ->
     assert layer(torch.zeros(0, 4, 5, 6)).shape == conv(torch.zeros(0, 4, 5, 6)).shape
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_layouts(groups: int) -> None:
-    layer = _quantized(nn.Conv2d(4, 6, 3, padding=1, groups=groups))
+LAYOUTS = [{"kernel_size": 1}, {"kernel_size": 1, "stride": 2, "bias": False}, {"kernel_size": 3, "padding": 1}]
+LAYOUTS += [{"kernel_size": 3, "groups": 2}]
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("activation", "scale"), [("int8:row", None), ("int8:tensor", 0.03), (None, None)])
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_layouts(options: dict[str, Any], activation: str | None, scale: float | None, multiplied: bool) -> None:
+    """The input's memory format does not change values, and the output's is torch's: a model may `view` it."""
+    conv = nn.Conv2d(4, 6, **options)
+    multiplier = torch.rand(4) + 0.5 if multiplied else None
+    layer = _quantized(conv, activation=activation, scale=scale, multiplier=multiplier)
     base = torch.randn(4, 4, 6, 6)
-    views = (base.to(memory_format=torch.channels_last), base.transpose(0, 1), base[::2], base[:1].expand(3, 4, 6, 6))
+    views = (
+        base,
+        base.to(memory_format=torch.channels_last),
+        base.transpose(0, 1),
+        base[::2],
+        base[:1].expand(3, 4, 6, 6),
+    )
     for view in views:
-        assert layer(view).equal(layer(view.contiguous()))
+        y, expected = layer(view), layer(view.contiguous())
+        torch.testing.assert_close(y, expected, rtol=0, atol=0 if activation else 1e-6)
+        assert y.stride() == conv(view).stride()
 
 
 def test_images_do_not_see_each_other() -> None:

@@ -7,6 +7,9 @@ first for transposed convolutions, too.
 Plain convolutions are matrix products of integers over im2col windows. Grouped, depthwise and transposed ones are sums
 too short for that; they run as float32 convolutions of the integer codes, in slices of at most 1024 products a sum,
 which float32 holds exactly.
+
+Memory formats are torch's: channels last in, channels last out; anything else in, contiguous out (a model may `view`
+it). In channels last a 1 × 1 convolution with a static scale is the fused linear kernel on its pixels, copying nothing.
 N: images, C: channels, k: kernel positions, O: out channels, P: output pixels of an image, K: C/groups · k.
 """
 
@@ -24,7 +27,7 @@ from torch.nn import functional as F
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
 from evenbits.kernels.conv_u8 import conv2d_u8, report_conv
-from evenbits.kernels.ops import int8_matmul, quantize_rows
+from evenbits.kernels.ops import int8_matmul, linear_w8a8, quantize_rows
 from evenbits.kernels.torch_int8 import without_autocast
 from evenbits.nn.base import QuantizedLayer
 from evenbits.numerics.fake import fake_quantize
@@ -82,15 +85,48 @@ class QConv(QuantizedLayer):
         x = self.checked(input)
         if x.ndim == self.spatial + 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
+        last = channels_last(x)
         if not self.is_integer or self.input_format is None:
             x = self.quantized_input(x)
-            return self._float(x, self.qweight().dequantize(x.dtype), None if self.bias is None else self.bias.to(x))
+            y = self._float(x, self.qweight().dequantize(x.dtype), None if self.bias is None else self.bias.to(x))
+        elif last and self._is_pointwise:
+            y = self._by_pixels(x)
+        else:
+            y = self._by_images(x, last)
+        return y if last and self.spatial > 1 else y.contiguous()
+
+    def _by_images(self, x: torch.Tensor, last: bool) -> torch.Tensor:
         static = {"scale": self.input_scale, "zero_point": self.input_zero_point}
-        codes_NK, scale_N1, _ = quantize_rows(self.balanced_input(x).flatten(1), self.input_format, **static)
+        codes_NK, scale_N1, _ = quantize_rows(_flat(self.balanced_input(x), last), self.input_format, **static)  # type: ignore[arg-type]
         ones = (1,) * self.spatial
         scales = scale_N1 * self.weight_scales().reshape(1, -1)  # [N, O], or [N, 1]
-        y = self._sums(codes_NK.view(x.shape)) * scales.view(*scales.shape, *ones)
+        y = self._sums(_unflat(codes_NK, x, last)) * scales.view(*scales.shape, *ones)
         return (y if self.bias is None else y + self.bias.view(1, -1, *ones)).to(x.dtype)
+
+    @property
+    def _is_pointwise(self) -> bool:
+        """Whether one scale serves all pixels and each output sees one: what a linear layer does to rows."""
+        static = self.input_scale is not None and self.input_scale.numel() == 1
+        whole = self.groups == 1 and prod(self.weight_shape[2:]) == 1 and not any(self.padding)
+        return static and whole and not isinstance(self, QConvTranspose)
+
+    def _by_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """A pointwise convolution in channels last, by the fused linear kernel: each pixel is a row."""
+        kept = (slice(None), slice(None), *(slice(None, None, step) for step in self.stride))
+        x = x[kept] if max(self.stride) > 1 else x
+        assert self.input_format is not None
+        rows = linear_w8a8(
+            x.movedim(1, -1),
+            self.weight_codes(),
+            self.weight_scales(),
+            self.bias,
+            self.input_format,
+            multiplier=self.input_multiplier,
+            scale=self.input_scale,
+            zero_point=self.input_zero_point,
+            weight_sum=self.weight_sum,
+        )
+        return rows.movedim(-1, 1)
 
     def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, C, …] times the multiplier of its channels, in float32, if there is one."""
@@ -104,8 +140,8 @@ class QConv(QuantizedLayer):
         if self.input_format is None:
             return images.to(x.dtype)
         static = {"scale": self.input_scale, "zero_point": self.input_zero_point}
-        rounded = fake_quantize(images.flatten(1), self.input_format, **static)
-        return rounded.view(x.shape).to(x.dtype)
+        last = channels_last(x)
+        return _unflat(fake_quantize(_flat(images, last), self.input_format, **static), x, last).to(x.dtype)
 
     def _float(self, x: torch.Tensor, weight_OK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight = weight_OK.view(self.weight_shape)
@@ -124,11 +160,11 @@ class QConv(QuantizedLayer):
         """Σ(code − zero point)·weight of int8 codes, exact and then rounded to float32 [N, O, …]."""
         product_NO = self._integer(codes)
         if self.input_zero_point is not None and self.weight_sum is not None:
-            product_NO = product_NO - (self.input_zero_point * self.weight_sum).view(1, -1, *(1,) * self.spatial)
+            product_NO = product_NO.int() - (self.input_zero_point * self.weight_sum).view(1, -1, *(1,) * self.spatial)
         return product_NO.float()
 
     def _integer(self, codes: torch.Tensor) -> torch.Tensor:
-        """Exact int32 [N, O, …] of int8 codes."""
+        """Exact sums [N, O, …] of int8 codes, whole numbers in int32 or float32."""
         weight_OK = self.weight_codes()
         codes = self._pad(codes, 0 if self.input_zero_point is None else int(self.input_zero_point))
         if self.groups > 1 and weight_OK.shape[1] <= _EXACT_FLOAT32_K:
@@ -147,6 +183,21 @@ class QConv(QuantizedLayer):
         columns_PK = windows.permute(order).reshape(prod(shape), weight_OK.shape[1])
         product_PO = int8_matmul(columns_PK, weight_OK)
         return product_PO.view(*shape, len(weight_OK)).movedim(-1, 1)
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    """Whether x [N, C, …] lies in memory pixel by pixel (and not also channel by channel)."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _flat(x: torch.Tensor, last: bool) -> torch.Tensor:
+    """x [N, C, …] → [N, all of it], in the order of memory if `last`: a view then."""
+    return (x.movedim(1, -1) if last else x).flatten(1)
+
+
+def _unflat(flat: torch.Tensor, x: torch.Tensor, last: bool) -> torch.Tensor:
+    """`_flat` undone: x's shape."""
+    return flat.view(x.movedim(1, -1).shape).movedim(-1, 1) if last else flat.view(x.shape)
 
 
 class QConvTranspose(QConv):
@@ -189,9 +240,9 @@ class QConvTranspose(QConv):
 
 
 def exact(convolution: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-    """A float32 convolution of integer codes as int32. Rounded: a Winograd backend is off by far less than 0.5."""
+    """A float32 convolution of integer codes. Rounded: a Winograd backend is off by far less than 0.5."""
     with without_autocast(device):
-        return convolution().round_().to(torch.int32)
+        return convolution().round_()
 
 
 class QConv1d(QConv):
