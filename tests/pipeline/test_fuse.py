@@ -101,6 +101,10 @@ NETS: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, str]]]] = {
     ),
     "idle": (lambda m, x: m.b(m.idle(m.drop(F.relu(m.idle(m.a(x)))))), {"a": ("u8", "relu"), "b": ("float out", "")}),
     "norm": (lambda m, x: m.b(F.relu(m.norm(m.a(x)))), {"a": ("u8", "relu"), "b": ("float out", "")}),
+    "view": (
+        lambda m, x: m.b(F.relu(m.a(x))).view(x.shape[0], -1),
+        {"a": ("u8", "relu"), "b": ("float out", "")},
+    ),
     "by keyword": (lambda m, x: m.b(input=F.relu(m.a(input=x))), {"a": ("u8", "relu"), "b": ("float out", "")}),
     "twice": (
         lambda m, x: m.b(F.relu(m.b(F.relu(m.a(x))))),

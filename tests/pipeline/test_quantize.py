@@ -57,6 +57,19 @@ class Net(nn.Module):
         return y if bias is None else y + bias
 
 
+class Viewed(nn.Module):
+    """Takes a view of a convolution's output, as LeNet-like models do: it must be contiguous as torch's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4 * 16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.narrow(torch.relu(self.wide(x))))
+        return self.head(x.view(x.size(0), -1))
+
+
 class Mlp(nn.Module):
     """Nothing but linear layers: after quantization no parameter is left."""
 
@@ -793,3 +806,14 @@ def test_a_generator_that_fails_half_way_leaves_the_model_as_it_was() -> None:
         raise Boom("half-way")
 
     refused(Net(), "half-way", error=Boom, data=generate())
+
+
+# A static net of convolutions says that byte chains would be faster.
+@pytest.mark.filterwarnings("ignore:.*bytes")
+@pytest.mark.parametrize(("scheme", "method"), [("W8A8_STATIC", "rtn"), ("W8A8", "smoothquant"), ("W8A16", "rtn")])
+def test_a_model_that_views_a_convolution(scheme: str, method: str) -> None:
+    model, x = Viewed().eval(), torch.randn(4, 3, 4, 4)
+    expected = model(x).detach()
+    result = evenbits.quantize(model, scheme=scheme, method=method, data=[x])
+    assert all(layer.status == "quantized" for layer in result.layers)
+    assert float((model(x).detach() - expected).norm() / expected.norm()) < 0.05

@@ -254,7 +254,9 @@ class _Builder:
                 pooled = self.new.call_function(max_pool_u8, (code, *pool_arguments(self.model, node)))
                 self.bytes[node] = pooled, grid
                 return
-        self.floats[node] = self.new.node_copy(node, self._as_float)
+        made = self.floats[node] = self.new.node_copy(node, self._as_float)
+        if node.op == "call_method" and node.target == "view" and torch.dtype not in map(type, node.args):
+            made.target = "reshape"  # chains are channels last, which not every view of the model's can be taken of
 
     def _as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.floats:
