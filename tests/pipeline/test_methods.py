@@ -10,6 +10,7 @@ from evenbits.algorithms.rtn import rtn
 from evenbits.algorithms.smoothquant import smoothquant
 from evenbits.errors import EvenbitsError
 from evenbits.pipeline.methods import Methods
+from evenbits.schemes.scheme import resolve
 
 
 def test_a_weight_method_alone_has_no_balance() -> None:
@@ -65,3 +66,20 @@ def test_an_option_of_another_method_or_an_internal_one_is_refused(option: str) 
 def test_loss_is_the_pipelines_own_and_no_option() -> None:
     with pytest.raises(EvenbitsError, match="'loss'"):
         Methods.parse("smoothquant", {"loss": None})
+
+
+@pytest.mark.parametrize("option", [{"criterion": "max"}, {"scope": "block"}, {"sequential": True}], ids=str)
+@pytest.mark.parametrize("alpha", [{}, {"alpha": 0.5}], ids=["default", "0.5"])
+def test_options_of_the_search_need_a_search(option: dict[str, Any], alpha: dict[str, Any]) -> None:
+    with pytest.raises(EvenbitsError, match=f"'{next(iter(option))}' says how α is searched, and here α is 0.5"):
+        Methods.parse("smoothquant", {**alpha, **option})
+    assert Methods.parse("smoothquant", {"alpha": "auto", **option}).options == {"alpha": "auto", **option}
+
+
+@pytest.mark.parametrize("option", [{"policy": "hardware"}, {"weighted": False}], ids=str)
+def test_options_of_pairs_need_pairs(option: dict[str, Any]) -> None:
+    methods = Methods.parse("by_format", option)
+    methods.check(resolve({"weights": "ovp4:row", "input_activations": "int8:row"}))
+    with pytest.raises(EvenbitsError, match=f"'{next(iter(option))}' is for layers of outlier-victim pairs"):
+        methods.check(resolve("W8A8"))
+    Methods.parse("by_format", {}).check(resolve("W8A8"))

@@ -300,7 +300,8 @@ SEARCHED = {"weights": "int8:row", "input_activations": "int8:tensor:mse", "dyna
     [({"method": "rtn"}, "alpha"), ({"method": "nothing"}, "unknown method"), ({"banana": 1}, "banana"),
      ({"criterion": "best"}, "unknown criterion"), ({"scheme": SEARCHED}, "auto=False"),
      ({"scheme": "W9"}, "unknown scheme"), ({"task": "guessing"}, "unknown evaluation task"), ({"jobs": 0}, "jobs=0"),
-     ({"data": "missing.npz"}, "missing.npz"), ({"calibration": "text"}, "tokenizer"), ({"data": []}, "nothing")],
+     ({"data": "missing.npz"}, "missing.npz"), ({"calibration": "text"}, "tokenizer"), ({"data": []}, "nothing"),
+     ({"criterion": "max", "auto": False}, "how α is searched")],
 )  # fmt: skip
 def test_what_is_given_wrongly(words: dict[str, Any], message: str) -> None:
     with pytest.raises(EvenbitsError, match=message):
@@ -332,7 +333,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "labels": ({"data": [(x, (y + 1) % 4) for x, y in labelled()]}, "evaluation data"),
     "scheme": ({"scheme": "W8A8"}, "scheme"),
     "ignore": ({"ignore": ("last",)}, "scheme"),
-    "options": ({"criterion": "max"}, "method"),
+    "options": ({"bias_correction": True}, "method"),
     "evaluation": ({"evaluation": {"max_length": 7}}, "evaluation"),
 }
 

@@ -30,6 +30,8 @@ class Tuning:
 
 
 _TUNING = ("scope", "sequential")
+_SEARCH_DEFAULTS: dict[str, Any] = {"criterion": "loss", "scope": "region", "sequential": False}
+SEARCH_ONLY = tuple(_SEARCH_DEFAULTS)  # they say how `auto` searches
 _ALWAYS = ("bias_correction",)
 
 
@@ -48,7 +50,8 @@ class Methods:
 
     @staticmethod
     def parse(name: str, options: Mapping[str, Any]) -> Methods:
-        """Raises EvenbitsError for an unknown method or option and for two methods of one kind."""
+        """Raises EvenbitsError for an unknown method or option, for two methods of one kind, and for options of a
+        search that there is none of."""
         if not isinstance(name, str):
             raise EvenbitsError(f"a method is named by a string, such as 'smoothquant'; given {type(name).__name__}.")
         found: dict[str, Any] = {}
@@ -71,6 +74,7 @@ class Methods:
                 allowed = [*_names(weight), *_names(balance), *(_TUNING if balance is not None else ()), *_ALWAYS]
                 raise unknown_name(f"option of method {name!r}:", option, allowed)
         tuning = Tuning(**split["tuning"])
+        _check_search(balance, options)
         criterion = split["balance"].get("criterion", "loss")
         if tuning.scope == "block" and criterion != "loss":
             raise EvenbitsError(
@@ -78,6 +82,29 @@ class Methods:
                 "gives a block one α by the block's output. Use scope 'region', or criterion 'loss'."
             )
         return Methods(name, dict(options), weight, balance, split["weight"], split["balance"], tuning, correction)
+
+    def check(self, scheme: Scheme) -> None:
+        """Raises EvenbitsError for options of `by_format` that no format of the scheme has a use for."""
+        if self.weight is not algorithms.get("by_format"):
+            return
+        if self.weight_options and not any(_suited(formats) == "olive" for formats in scheme.formats):
+            raise EvenbitsError(
+                f"option {next(iter(self.weight_options))!r} is for layers of outlier-victim pairs, and this scheme "
+                "has none. Leave it out, or give layers a format such as ovp4:row."
+            )
+
+
+def _check_search(balance: Any | None, options: Mapping[str, Any]) -> None:
+    """Raises EvenbitsError if options say how α is searched, and it is a number."""
+    own = _names(balance)
+    alpha = options.get("alpha", 0.5)
+    if "alpha" not in own or isinstance(alpha, str):
+        return
+    unused = [name for name in SEARCH_ONLY if options.get(name, _SEARCH_DEFAULTS[name]) != _SEARCH_DEFAULTS[name]]
+    if unused:
+        raise EvenbitsError(
+            f"option {unused[0]!r} says how α is searched, and here α is {alpha}. Use alpha='auto', or leave it out."
+        )
 
 
 def default_method(scheme: Scheme) -> str:

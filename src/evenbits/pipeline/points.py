@@ -10,10 +10,9 @@ from typing import Any
 from evenbits import algorithms
 from evenbits.algorithms.alpha import CRITERIA, AlphaGrid
 from evenbits.errors import EvenbitsError, unknown_name
-from evenbits.pipeline.methods import Methods
+from evenbits.pipeline.methods import SEARCH_ONLY, Methods
 
 _MOST = 1000
-_SEARCH_ONLY = ("criterion", "scope", "sequential")  # they say how `auto` searches
 _FORMS = "give LOW:HIGH:STEP, such as 0.05:0.95:0.05, or a list, such as 0.3,0.5,0.7"
 
 
@@ -80,10 +79,11 @@ def make_points(alphas: Sequence[float], method: str, options: Mapping[str, Any]
         raise EvenbitsError("the option alpha is what a sweep varies; give the values as alpha=…")
     if options.get("criterion", CRITERIA[0]) not in CRITERIA:
         raise unknown_name("criterion", str(options["criterion"]), CRITERIA)
-    plain = {name: value for name, value in options.items() if name not in _SEARCH_ONLY}
-    Methods.parse(method, {**options, "alpha": 0.5})
+    plain = {name: value for name, value in options.items() if name not in SEARCH_ONLY}
+    Methods.parse(method, {**options, "alpha": "auto" if auto else 0.5})
     unsmoothed = "+".join(part for part in method.split("+") if algorithms.get(part).kind == "weight") or "rtn"
-    of_weights = Methods.parse(method, plain).weight_options
+    parsed = Methods.parse(method, plain)
+    of_weights = parsed.weight_options | ({"bias_correction": True} if parsed.bias_correction else {})
     points = [Point("float", None, None, {}), Point("none", None, unsmoothed, of_weights)]
     if auto:
         points.append(Point("auto", None, method, {**options, "alpha": "auto"}))
