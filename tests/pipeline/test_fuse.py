@@ -45,6 +45,7 @@ class Net(nn.Module):
         self.a, self.e = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
         self.b, self.c, self.d = (nn.Conv2d(8, 8, 3, padding=1, stride=stride) for stride in (1, 1, 2))
         self.norm, self.pool, self.relu6 = nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, 1), nn.ReLU6()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
         self.idle, self.drop, self.in_place = nn.Identity(), nn.Dropout(0.5), nn.ReLU(inplace=True)
         self.position = nn.Parameter(torch.randn(8, 1, 1))
         self.how = how
@@ -98,6 +99,14 @@ NETS: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, str]]]] = {
     "pool function": (
         lambda m, x: m.c(F.max_pool2d(m.b(F.max_pool2d(torch.relu(m.a(x)), 2, stride=2)), (3, 2), padding=(1, 0))),
         {"a": ("u8", "relu"), "b": ("u8", ""), "c": ("float out", "")},
+    ),
+    "zero padding": (
+        lambda m, x: m.d(F.pad(m.b(m.pad(F.relu(m.a(x)))), (1, 0))),
+        {"a": ("u8", "relu"), "b": ("u8", ""), "d": ("float out", "")},
+    ),
+    "other padding": (
+        lambda m, x: m.c(F.pad(F.relu(m.b(F.relu(m.a(x)))), (1, 0), value=0.5)),
+        {"a": ("u8", "relu"), "b": ("float out", "relu"), "c": ("float out", "")},
     ),
     "idle": (lambda m, x: m.b(m.idle(m.drop(F.relu(m.idle(m.a(x)))))), {"a": ("u8", "relu"), "b": ("float out", "")}),
     "norm": (lambda m, x: m.b(F.relu(m.norm(m.a(x)))), {"a": ("u8", "relu"), "b": ("float out", "")}),
@@ -248,12 +257,93 @@ def test_names_that_differ_by_a_dot_only() -> None:
     assert set(rows(checked(model, [picture()], LEAST))) == {"a.0", "a_0", "z"}
 
 
-def test_what_ends_a_chain_is_named() -> None:
-    """What cannot be folded behind GELU is an explicit multiply, which bytes have no room for."""
-    how = lambda m, x: m.d(F.relu(m.c(F.gelu(m.b(F.relu(m.a(x)))))))  # noqa: E731
-    model = quantized(how, method="smoothquant")
-    with pytest.raises(EvenbitsError, match=r"2 of them multiply their input .*: quantize with method='rtn'.* a: its"):
-        fuse(model, [picture()])
+def loud() -> torch.Tensor:
+    """A picture that drives channels beyond 6, by different amounts."""
+    return picture() * torch.tensor([8.0, 1.0, 3.0]).view(1, -1, 1, 1)
+
+
+MULTIPLIED: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, str]]]] = {
+    "relu6": (
+        lambda m, x: m.c(m.relu6(m.b(m.relu6(m.a(x))))),
+        {
+            "a": ("u8", "relu6 and smoothing multiply"),
+            "b": ("u8", "relu6 and smoothing multiply"),
+            "c": ("float out", ""),
+        },
+    ),
+    "max pool": (
+        lambda m, x: m.b(m.pool(m.relu6(m.a(x)))),
+        {"a": ("u8", "relu6 and smoothing multiply"), "b": ("float out", "")},
+    ),
+    "zero padding": (
+        lambda m, x: m.d(m.pad(m.relu6(m.a(x)))),
+        {"a": ("u8", "relu6 and smoothing multiply"), "d": ("float out", "")},
+    ),
+    "read as floats": (
+        lambda m, x: (lambda y: m.b(y) * y.mean())(m.relu6(m.a(x))),
+        {"a": ("u8", "relu6 and smoothing multiply"), "b": ("float out", "")},
+    ),
+    "two readers": (
+        lambda m, x: (lambda y: m.b(y) + m.c(y))(m.relu6(m.a(x))),
+        {"a": ("u8", "relu6 and smoothing multiply"), "b": ("float out", "addition"), "c": ("float out", "")},
+    ),
+    "added": (
+        lambda m, x: (lambda y: m.c(m.relu6(m.b(y) + y)) + m.d(F.relu(m.e(x))).mean())(m.relu6(m.a(x))),
+        {
+            "a": ("float out", "relu6"),
+            "b": ("float out", "addition and relu6"),
+            "c": ("float out", ""),
+            "d": ("float out", ""),
+            "e": ("u8", "relu"),
+        },
+    ),
+    "behind a function": (
+        lambda m, x: m.d(F.relu(m.c(F.gelu(m.b(F.relu(m.a(x))))))),
+        {"a": ("u8", "relu"), "b": ("float out", ""), "c": ("u8", "relu"), "d": ("float out", "")},
+    ),
+}
+
+
+@pytest.mark.parametrize("net", MULTIPLIED)
+def test_a_smoothing_multiply_goes_into_the_scales_before_it(net: str) -> None:
+    """Nothing folds through ReLU6 and GELU: their readers multiply, and the bytes they read are multiplied already."""
+    how, expected = MULTIPLIED[net]
+    model = quantized(how, [loud()], SYMMETRIC, method="smoothquant")
+    readers = [module for module in model.modules() if isinstance(module, QConv)]
+    assert any(module.input_multiplier is not None for module in readers)
+    found = rows(checked(model, [loud()], LEAST))
+    assert {name: row for name, row in found.items() if row[0] != "apart"} == expected
+
+
+def test_the_bound_of_relu6_is_multiplied_too() -> None:
+    """Codes of relu6(y)·m, to the last one, where most channels reach their bound."""
+    model = Net(MULTIPLIED["relu6"][0]).eval()
+    with torch.no_grad():
+        model.b.weight *= 2.0 ** torch.arange(8).view(1, -1, 1, 1)
+    evenbits.quantize(model, scheme=SYMMETRIC, method="smoothquant", data=[loud()])
+    chain = fuse(model, [loud()]).model
+    made = {name: module for name, module in chain.named_modules() if isinstance(module, U8Conv2d)}
+    first, reader = made["a_u8"], model.b
+    assert first.limit is not None and len(first.limit.unique()) > 4
+    seen: dict[str, torch.Tensor] = {}
+    first.register_forward_hook(lambda _, x, y: seen.update(codes=y))
+    with torch.no_grad():
+        y = model.relu6(model.a(loud()))
+        chain(loud())
+    assert (y == 6).any(dim=(0, 2, 3)).sum() > 4
+    exact = (reader.balanced_input(y) / reader.input_scale).round().clamp(0, 255)
+    codes, bound = seen["codes"], first.limit.expand_as(exact)
+    assert (codes <= bound).all() and (codes[y == 6] == bound[y == 6]).all()
+    assert float((codes.float() - exact).abs().max()) <= 1
+    assert float((codes.float() != exact).float().mean()) < 1e-3
+
+
+def test_a_multiplier_that_is_not_positive_keeps_its_layer_apart() -> None:
+    model = quantized(MULTIPLIED["relu6"][0], [loud()], SYMMETRIC, method="smoothquant")
+    model.c.input_multiplier[0] = 0
+    found = rows(checked(model, [loud()], LEAST))
+    assert found["c"] == ("apart", "its smoothing multiply is not positive everywhere")
+    assert found["a"] == ("u8", "relu6 and smoothing multiply") and found["b"] == ("float out", "relu6")
 
 
 def test_a_chained_model_is_not_saved_and_the_quantized_one_is(tmp_path: Path) -> None:
@@ -273,12 +363,6 @@ def test_a_net_that_would_gain_by_chains_is_told_so() -> None:
     (note,) = evenbits.quantize(model, scheme=AFFINE, method="rtn", data=[picture()]).notes
     count = sum(isinstance(module, QConv) for module in model.modules())
     assert note.startswith(f"{count} static convolutions") and "evaluate --fuse" in note and "apart" not in note
-    three = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    conv = evenbits.quantize(three, scheme=SYMMETRIC, method="smoothquant", data=[picture()])
-    assert any("; 1 multiply their input, which ends chains" in note for note in conv.notes)
-    gelu = Net(lambda m, x: m.d(F.gelu(m.c(F.relu(m.a(x)))))).eval()
-    notes = evenbits.quantize(gelu, scheme=SYMMETRIC, method="smoothquant", data=[picture()]).notes
-    assert any("chains would not help: 3 multiply" in note for note in notes)
     for options in ({"scheme": "W8A8"}, {"scheme": "W4A16_OVP"}):
         plain = evenbits.quantize(Net(NETS["relu"][0]).eval(), method=None, data=[picture()], **options)
         assert not any("byte chains" in note for note in plain.notes)

@@ -201,7 +201,7 @@ def test_sequential_tuning_sees_quantized_inputs(scope: str, monkeypatch: pytest
 @pytest.mark.parametrize("scheme", [STATIC, DYNAMIC])
 @pytest.mark.parametrize("options", [{}, {"scope": "block"}, {"criterion": "mean"}], ids=str)
 def test_how_the_data_is_split_does_not_matter(scheme: str, options: dict[str, Any]) -> None:
-    """In float64: in float32 the last bit of a product depends on how many rows it has, and now and then a code does."""
+    """In float64: in float32 a product's last bit depends on how many rows it has, and now and then a code does."""
     whole = torch.cat(tokens(6)).double()
     torch.manual_seed(1)
     model, found = Net(2).double(), []

@@ -109,8 +109,12 @@ def _padding_is_safe(x: torch.Tensor, weight: torch.Tensor, padding: Sequence[in
 def exact_product(
     x: torch.Tensor, x_zero: int, weight: torch.Tensor, where: tuple[list[int], list[int], list[int], int]
 ) -> torch.Tensor:
-    """Σ(x − x_zero)·w as float64 [N, O, H', W'], exact: every partial sum is far below 2⁵³. The reference."""
+    """Σ(x − x_zero)·w [N, O, H', W'], exact. In float32 where every partial sum stays below 2²⁴ (rounded: Winograd's
+    form is off by far less than 0.5), which is twice as fast; else in float64. The reference."""
+    largest = 255 * int(weight.int().abs().sum(dim=(1, 2, 3)).amax()) if weight.numel() else 0
     with without_autocast(x.device):
+        if largest < 2**24:
+            return F.conv2d(x.float() - x_zero, weight.float(), None, *where).round_()
         return F.conv2d(x.double() - x_zero, weight.double(), None, *where)
 
 

@@ -20,16 +20,11 @@ _SAMPLES = 32
 def chain_notes(layers: Iterable[QuantizedLayer]) -> tuple[str, ...]:
     """That convolutions of a freshly quantized model could hand on bytes, if at least two could."""
     static = [layer for layer in layers if isinstance(layer, QConv2d) and input_grid(layer) is not None]
-    multiplied = sum(layer.input_multiplier is not None for layer in static)
     if len(static) < 2:
         return ()
     slow = f"{len(static)} static convolutions quantize and convert one by one, which can be slower than float"
-    if len(static) - multiplied < 2:
-        return (f"{slow}. Byte chains would not help: {multiplied} multiply their input (method rtn does not)",)
-    less = f"{multiplied} multiply their input, which ends chains or may leave none (method rtn has no such multiply)"
-    apart = f"; {less}" if multiplied else ""
     how = "pipeline.fuse.fuse(model, data), or evenbits evaluate --fuse; evenbits bench times both"
-    return (f"{slow}. As byte chains they may hand on bytes: {how}{apart}",)
+    return (f"{slow}. As byte chains they may hand on bytes: {how}",)
 
 
 def fused_source(source: Source, data: str, spec: str | None) -> Fused:

@@ -5,27 +5,28 @@ A quantized convolution between float tensors spends its gain on conversions. `f
 codes on the grid of the convolution that reads them. Additions are done on codes, too: the one thing that is rounded
 more often than in the model before, which the returned agreement shows.
 
-BatchNorm has to be folded before quantization (`quantize` does it); a smoothing that had to become an explicit multiply
-ends a chain, and the report says so.
+BatchNorm has to be folded before quantization (`quantize` does it). A smoothing that had to become an explicit multiply
+goes into the scales of the convolution before it: relu6(y)·m is y·m clipped to 0..6·m, a largest code per channel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from evenbits.errors import EvenbitsError
 from evenbits.evaluation.running import evaluation_mode
 from evenbits.kernels.conv_u8 import from_bytes, max_pool_u8, report_conv, to_bytes
 from evenbits.nn.base import QuantizedLayer
-from evenbits.nn.conv_u8 import Grid, U8Conv2d
+from evenbits.nn.conv_u8 import Grid, PerChannel, U8Conv2d
 from evenbits.numerics.metrics import RunningError
 from evenbits.pipeline.batches import Batches
-from evenbits.pipeline.patterns import MULTIPLIED, Group, byte_groups, is_max_pool, passes, pool_arguments
+from evenbits.pipeline.patterns import Group, byte_groups, is_max_pool, passes, pool_arguments, same, zero_padding
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,14 @@ def _graph(model: nn.Module) -> fx.Graph:
 
 
 def _why_none(apart: dict[str, str]) -> str:
-    reasons = "; ".join(f"{name}: {why}" for name, why in list(apart.items())[:5])
-    multiplied = sum(why == MULTIPLIED for why in apart.values())
-    if not multiplied:
-        return reasons or "None reads another."
-    return (
-        f"{multiplied} of them multiply their input because the smoothing could not be folded (no factor passes "
-        f"through ReLU6, GELU and the like), and a multiply ends a chain: quantize with method='rtn', or leave the "
-        f"model as it is. {reasons}"
-    )
+    return "; ".join(f"{name}: {why}" for name, why in list(apart.items())[:5]) or "None reads another."
 
 
 def _row(group: Group) -> ChainRow:
     inside = [
         *(["addition"] if group.addend is not None else []),
         *([group.activation] if group.activation != "none" else []),
+        *(["smoothing multiply"] if group.multiplier is not None else []),
     ]
     return ChainRow(group.name, "u8" if group.grid_out else "float out", " and ".join(inside))
 
@@ -189,6 +183,14 @@ def _spanning(low: float, high: float) -> Grid:
     return Grid(scale, round(-low / scale))
 
 
+class _Bytes(NamedTuple):
+    """Codes of a tensor, on a grid, times a multiplier of its channels if there is one."""
+
+    node: fx.Node
+    grid: Grid
+    multiplier: torch.Tensor | None = None
+
+
 class _Builder:
     """Writes the new graph: every value is a float node, a byte node on a grid, or both.
 
@@ -202,7 +204,7 @@ class _Builder:
         self.grids = grids
         self.new = fx.Graph()
         self.floats: dict[fx.Node, fx.Node] = {}
-        self.bytes: dict[fx.Node, tuple[fx.Node, Grid]] = {}
+        self.bytes: dict[fx.Node, _Bytes] = {}
         self.rounded: set[fx.Node] = set()
         self.made: dict[str, nn.Module] = {}
 
@@ -220,21 +222,21 @@ class _Builder:
         return module
 
     def _group(self, group: Group) -> None:
-        x = self._as_bytes(group.source, group.grid_in)
+        x = self._as_bytes(group.source, group.grid_in, group.layer.input_multiplier)
         args: tuple[fx.Node, ...] = (x,)
         addend = None
         if group.addend is not None:
             known = self.bytes.get(group.addend)
-            addend = known[1] if known else self.grids[group.addend]
+            addend = known.grid if known and known.multiplier is None else self.grids[group.addend]
             args = (x, self._as_bytes(group.addend, addend))
-        out = group.grid_out or self.grids.get(group.end)
+        out = group.grid_out or (None if group.keeps_floats else self.grids.get(group.end))
         name = self._new_name(group.name)
-        self.made[name] = U8Conv2d(group.layer, group.grid_in, group.activation, out, addend)
+        self.made[name] = U8Conv2d(group.layer, group.grid_in, group.activation, out, addend, group.multiplier)
         node = self.new.call_module(name, args)
         if out is None:
             self.floats[group.end] = node
         else:
-            self.bytes[group.end] = (node, out)
+            self.bytes[group.end] = _Bytes(node, out, group.multiplier)
 
     def _new_name(self, name: str) -> str:
         """A name for the byte form of a convolution: one may be called twice, "a.b" and "a_b" may both be there."""
@@ -246,13 +248,18 @@ class _Builder:
     def _plain(self, node: fx.Node) -> None:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if source is not None and source in self.bytes and source not in self.rounded:
-            code, grid = self.bytes[source]
+            known = self.bytes[source]
             if passes(self.model, node):
-                self.bytes[node] = code, grid
+                self.bytes[node] = known
                 return
-            if is_max_pool(self.model, node):
-                pooled = self.new.call_function(max_pool_u8, (code, *pool_arguments(self.model, node)))
-                self.bytes[node] = pooled, grid
+            if is_max_pool(self.model, node):  # multipliers are positive, so they keep the order of codes
+                pooled = self.new.call_function(max_pool_u8, (known.node, *pool_arguments(self.model, node)))
+                self.bytes[node] = known._replace(node=pooled)
+                return
+            sizes = zero_padding(self.model, node)
+            if sizes is not None:
+                padded = self.new.call_function(F.pad, (known.node, sizes, "constant", known.grid.zero))
+                self.bytes[node] = known._replace(node=padded)
                 return
         made = self.floats[node] = self.new.node_copy(node, self._as_float)
         if node.op == "call_method" and node.target == "view" and torch.dtype not in map(type, node.args):
@@ -260,19 +267,27 @@ class _Builder:
 
     def _as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.floats:
-            code, grid = self.bytes[node]
-            self.floats[node] = self.new.call_function(from_bytes, (code, grid.scale, grid.zero))
+            code, grid, multiplier = self.bytes[node]
+            floats = self.new.call_function(from_bytes, (code, grid.scale, grid.zero))
+            self.floats[node] = floats if multiplier is None else self._times(floats, multiplier.reciprocal())
         return self.floats[node]
 
-    def _as_bytes(self, node: fx.Node, grid: Grid) -> fx.Node:
+    def _as_bytes(self, node: fx.Node, grid: Grid, multiplier: torch.Tensor | None = None) -> fx.Node:
         known = self.bytes.get(node)
-        if known is not None and known[1] == grid:
-            return known[0]
-        made = self.new.call_function(to_bytes, (self._as_float(node), grid.scale, grid.zero))
+        if known is not None and known.grid == grid and same(known.multiplier, multiplier):
+            return known.node
+        floats = self._as_float(node)
+        floats = floats if multiplier is None else self._times(floats, multiplier)
+        made = self.new.call_function(to_bytes, (floats, grid.scale, grid.zero))
         if known is None:
-            self.bytes[node] = (made, grid)
+            self.bytes[node] = _Bytes(made, grid, multiplier)
             self.rounded.add(node)
         return made
+
+    def _times(self, node: fx.Node, factor: torch.Tensor) -> fx.Node:
+        name = self._new_name("multiply")
+        self.made[name] = PerChannel(factor)
+        return self.new.call_module(name, (node,))
 
 
 def _member(model: nn.Module, name: str) -> Any:

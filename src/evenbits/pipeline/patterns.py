@@ -20,14 +20,14 @@ _RELU_FUNCTIONS = {torch.relu: "relu", F.relu: "relu", torch.relu_: "relu", F.re
 _RELU_METHODS = {"relu": "relu", "relu_": "relu"}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _WRITING_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, torch.relu_)
-MULTIPLIED = "its input has an explicit smoothing multiply"
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 @dataclass
 class Group:
     """A convolution and what is done inside it. source: the node it reads; end: the node whose value it computes;
-    inner: the nodes between; grid_out: the grid its readers want, or None for float output."""
+    inner: the nodes between; grid_out: the grid its readers want, or None for float output; multiplier: that its
+    readers' smoothing multiplies their input by, where its bytes are multiplied already, float32 [O]."""
 
     name: str
     layer: QConv2d
@@ -37,7 +37,9 @@ class Group:
     activation: str = "none"
     addend: fx.Node | None = None
     grid_out: Grid | None = None
+    multiplier: torch.Tensor | None = None
     needs_range: bool = False
+    keeps_floats: bool = False
     inner: list[fx.Node] = field(default_factory=list)
 
 
@@ -106,8 +108,8 @@ def _why_apart(layer: QConv) -> str:
         return f"{type(layer).__name__} has no byte form"
     if layer.input_scale is None:
         return "its activations are not static"
-    if layer.input_multiplier is not None:
-        return MULTIPLIED
+    if layer.input_multiplier is not None and not bool((layer.input_multiplier > 0).all()):
+        return "its smoothing multiply is not positive everywhere"
     if layer.padding_mode != "zeros":
         return f"padding {layer.padding_mode!r} is done in float"
     return "" if input_grid(layer) is not None else f"{layer.input_format} and {layer.weight_format} are not int8"
@@ -163,7 +165,8 @@ def _grids(model: nn.Module, groups: list[Group]) -> None:
     """The grid each group writes: what the convolutions that read it want.
 
     Behind a ReLU nothing is negative, so the zero point goes: the same steps, and the codes below it go to what is
-    beyond the calibrated range. Zero points cost time (kernels/conv_u8.py).
+    beyond the calibrated range. Zero points cost time (kernels/conv_u8.py). Readers that multiply their input get it
+    multiplied: a factor per channel is a part of the weight's scales. An addition has no room for one.
     """
     by_source: dict[fx.Node, list[Group]] = {}
     rectified = {group.end for group in groups if group.activation != "none"}
@@ -175,15 +178,23 @@ def _grids(model: nn.Module, groups: list[Group]) -> None:
     added = {_origin(model, group.addend) for group in groups if group.addend is not None}
     for group in groups:
         readers = by_source.get(group.end, [])
-        wanted = {reader.grid_in for reader in readers}
-        if readers:
-            group.grid_out = readers[0].grid_in if len(wanted) == 1 else None
+        multiplier = readers[0].layer.input_multiplier if readers else None
+        alike = all(r.grid_in == readers[0].grid_in and same(r.layer.input_multiplier, multiplier) for r in readers)
+        plain = multiplier is None or (group.addend is None and group.end not in added)
+        if readers and alike and plain:
+            group.grid_out, group.multiplier = readers[0].grid_in, multiplier
+        group.keeps_floats = group.grid_out is None and any(r.layer.input_multiplier is not None for r in readers)
         group.needs_range = group.grid_out is None and group.end in added
 
 
+def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether two multipliers are one, or both missing."""
+    return one is other or (one is not None and other is not None and one.equal(other))
+
+
 def _origin(model: nn.Module, node: fx.Node) -> fx.Node:
-    """The node whose codes a node's are: back through pooling and what only passes on."""
-    while passes(model, node) or is_max_pool(model, node):
+    """The node whose codes a node's are: back through pooling, zero padding and what only passes on."""
+    while passes(model, node) or is_max_pool(model, node) or zero_padding(model, node) is not None:
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -227,6 +238,20 @@ def is_max_pool(model: nn.Module, node: fx.Node) -> bool:
     return set(node.kwargs) <= {"kernel_size", "stride", "padding", "ceil_mode", "return_indices", "dilation"} and (
         node.kwargs.get("dilation", 1) in (1, (1, 1)) and not node.kwargs.get("ceil_mode") and len(node.args) <= 4
     )
+
+
+def zero_padding(model: nn.Module, node: fx.Node) -> tuple[int, ...] | None:
+    """(left, right, top, bottom) if a node pads height and width with zeros (or cuts them), else None."""
+    module = _module(model, node)
+    if isinstance(module, nn.ZeroPad2d):
+        return tuple(module.padding)
+    if node.op != "call_function" or node.target is not F.pad:
+        return None
+    given: dict[str, Any] = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | dict(node.kwargs)
+    sizes = tuple(given["pad"])
+    plain = given.get("mode", "constant") == "constant" and not given.get("value")
+    fixed = plain and len(sizes) in (2, 4) and all(isinstance(size, int) for size in sizes)
+    return (*sizes, *(0,) * (4 - len(sizes))) if fixed else None
 
 
 def pool_arguments(model: nn.Module, node: fx.Node) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
