@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from evenbits.data.labelled import Labelled, read_labelled
 from evenbits.errors import EvenbitsError, MissingExtraError
+from evenbits.evaluation import class_metrics
 from evenbits.training.bert import bert
 from evenbits.training.mobilenet import load_folded, mobilenet
 from evenbits.training.pictures import network_input, read_cifar10
@@ -57,9 +59,8 @@ def accuracy(guesses: Tensor, classes: Tensor) -> float:
 
 def matthews(guesses: Tensor, classes: Tensor) -> float:
     """Matthews correlation of two classes, 0 and 1; 0 if either side is constant."""
-    table = torch.bincount(2 * classes + guesses, minlength=4).double()
-    below = (table[0] + table[1]) * (table[2] + table[3]) * (table[0] + table[2]) * (table[1] + table[3])
-    return float((table[0] * table[3] - table[1] * table[2]) / below.sqrt()) if below > 0 else 0.0
+    found = float(class_metrics.matthews(class_metrics.count(guesses.tolist(), classes.tolist(), 2))[0])
+    return 0.0 if math.isnan(found) else found
 
 
 def _pictures(recipe: Recipe, data: Path) -> Task:
