@@ -1,4 +1,4 @@
-"""Does α matter on convolutional nets? Accuracy over α for three models under five settings, on the same pictures.
+"""Does α matter on convolutional nets? Accuracy over α for three models under six settings, on the same pictures.
 
     python benchmarks/vision.py prepare DIR
     python benchmarks/alpha_sweeps.py DIR [--model mobilenet_v2 …] [--setting W8A8 …] [--alpha 0.05:0.95:0.05]
@@ -28,7 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W4A8": {"weights": "int4:row", "input_activations": "int8:tensor", "dynamic": False},
     "W8A6": {"weights": "int8:row", "input_activations": "int6:tensor", "dynamic": False},
     "planted": {"weights": "int8:row", "input_activations": "int8:tensor", "dynamic": False},
+    "W4A8-bias": {"weights": "int4:row", "input_activations": "int8:tensor", "dynamic": False},
 }
+_CORRECTED = ("W4A8-bias",)  # with --bias-correction
 _ARRAYS = {"mobilenet_v2": "imagenet", "resnet20": "cifar10", "resnet56": "cifar10"}
 _HEADS = (
     "model", "setting", "pictures", "float", "none", "0.5", "auto", "best", "worst", "best − worst", "auto − best",
@@ -49,6 +51,7 @@ def run(folder: Path, model: str, setting: str, alpha: str, *, auto: bool = True
         batch_size=20,
         alpha=alpha,
         scheme=SETTINGS[setting],
+        **({"bias_correction": True} if setting in _CORRECTED else {}),
         state=state,
         auto=auto,
         say=lambda line: print(f"  {line}", flush=True),
