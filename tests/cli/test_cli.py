@@ -150,6 +150,7 @@ def build():
 """
 
 
+@pytest.mark.filterwarnings("ignore:byte convolutions run as float ones")  # on CPUs without VNNI
 def test_byte_chains_are_named_by_quantize_and_run_by_evaluate(run: Run, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(CONVOLUTIONS)
     net, out = f"{tmp_path / 'net.py'}:build", tmp_path / "out"
