@@ -308,6 +308,17 @@ def test_what_is_given_wrongly(words: dict[str, Any], message: str) -> None:
         run(**words)
 
 
+def test_no_smoothing_has_the_options_that_are_not_of_the_smoothing() -> None:
+    """Else the bias correction of every α would count as a gain of smoothing."""
+    points = make_points([0.5], "smoothquant", {"bias_correction": True, "scope": "block"}, auto=True)
+    assert [dict(point.options) for point in points] == [
+        {},
+        {"bias_correction": True},
+        {"bias_correction": True, "scope": "block", "alpha": "auto"},
+        {"bias_correction": True, "alpha": 0.5},
+    ]
+
+
 def test_a_second_run_finds_everything_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Sweep) -> None:
     names, said = counted(monkeypatch), list[str]()
     first = run(state=tmp_path)
