@@ -70,6 +70,17 @@ def test_everything_at_once(run: Run, net: str, tmp_path: Path) -> None:
     assert [look["name"] for look in stored["looks"]] == ["3"] and stored["convergence"]["orders"] == 2
 
 
+def test_bias_correction_is_part_of_what_is_diagnosed(run: Run, net: str, tmp_path: Path) -> None:
+    """With four bits the mean error of an output is a part of its error that the bias takes off."""
+    words = ("diagnose", f"{net}:build", "--scheme", "W4A8_OVP", "--calibration", tmp_path / "xy.npz", "--json")
+    found = []
+    for name, more in (("plain", ()), ("corrected", ("--bias-correction",))):
+        code, printed, error = run(*words, "-o", tmp_path / name, *more)
+        assert code == 0, error
+        found.append(json.loads(printed)["errors"]["rows"])
+    assert all(b["isolated_sqnr_db"] > a["isolated_sqnr_db"] for a, b in zip(*found, strict=True))
+
+
 def test_json_is_one_object_and_the_smaller_run(run: Run, net: str, tmp_path: Path) -> None:
     arguments = ("diagnose", f"{net}:build", "-o", tmp_path / "out", "--calibration", f"{net}:stream", "--json")
     code, printed, error = run(*arguments)

@@ -146,6 +146,7 @@ FROZEN: dict[str, dict[str, tuple[Any, bool]]] = {
         "--scope": (None, True),
         "--sequential": (False, False),
         "--policy": (None, True),
+        "--bias-correction": (False, False),
         "--calibration": (None, True),
         "--samples": (None, True),
         "--sequence-length": (128, True),

@@ -36,6 +36,7 @@ def diagnose(
     scope: Annotated[str | None, typer.Option(help="Of --alpha auto, as in quantize.")] = None,
     sequential: Annotated[bool, typer.Option("--sequential", help="Of --alpha auto, as in quantize.")] = False,
     policy: Annotated[str | None, typer.Option(help="Of outlier-victim pairs, as in quantize.")] = None,
+    bias_correction: options.BiasCorrection = False,
     calibration: Annotated[str | None, typer.Option(help="As in quantize. Default: a small built-in text.")] = None,
     samples: _Samples = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per block of calibration text.", min=2)] = 128,
@@ -52,8 +53,8 @@ def diagnose(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Show what quantizing a model does to every layer: errors, ranges, pictures. Nothing is quantized for good."""
-    options = {"alpha": _number(alpha), "policy": policy, "criterion": criterion, "scope": scope}
-    options["sequential"] = sequential or None
+    chosen = {"alpha": _number(alpha), "policy": policy, "criterion": criterion, "scope": scope}
+    chosen |= {"sequential": sequential or None, "bias_correction": bias_correction or None}
     with working(detach):
         from evenbits.pipeline.diagnose_named import diagnose_named
         from evenbits.reporting.diagnosis import check_folder, write_diagnosis
@@ -63,7 +64,7 @@ def diagnose(
             model,
             scheme=scheme,
             method=method,
-            options={name: value for name, value in options.items() if value is not None},
+            options={name: value for name, value in chosen.items() if value is not None},
             calibration=calibration,
             samples=samples,
             length=sequence_length,
