@@ -262,6 +262,7 @@ def loud() -> torch.Tensor:
     return picture() * torch.tensor([8.0, 1.0, 3.0]).view(1, -1, 1, 1)
 
 
+READ = "added or read by others, and multiplied"
 MULTIPLIED: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, str]]]] = {
     "relu6": (
         lambda m, x: m.c(m.relu6(m.b(m.relu6(m.a(x))))),
@@ -280,8 +281,13 @@ MULTIPLIED: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, str]]]] = {
         {"a": ("u8", "relu6 and smoothing multiply"), "d": ("float out", "")},
     ),
     "read as floats": (
-        lambda m, x: (lambda y: m.b(y) * y.mean())(m.relu6(m.a(x))),
-        {"a": ("u8", "relu6 and smoothing multiply"), "b": ("float out", "")},
+        lambda m, x: (lambda y: m.b(y) * y.mean() + m.d(F.relu(m.e(x))).mean())(m.relu6(m.a(x))),
+        {
+            "a": ("float out", f"relu6; {READ}"),
+            "b": ("float out", ""),
+            "d": ("float out", ""),
+            "e": ("u8", "relu and smoothing multiply"),
+        },
     ),
     "two readers": (
         lambda m, x: (lambda y: m.b(y) + m.c(y))(m.relu6(m.a(x))),
@@ -290,8 +296,8 @@ MULTIPLIED: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, str]]]] = {
     "added": (
         lambda m, x: (lambda y: m.c(m.relu6(m.b(y) + y)) + m.d(F.relu(m.e(x))).mean())(m.relu6(m.a(x))),
         {
-            "a": ("float out", "relu6"),
-            "b": ("float out", "addition and relu6"),
+            "a": ("float out", f"relu6; {READ}"),
+            "b": ("float out", f"addition and relu6; {READ}"),
             "c": ("float out", ""),
             "d": ("float out", ""),
             "e": ("u8", "relu"),
@@ -304,11 +310,12 @@ MULTIPLIED: dict[str, tuple[Callable[..., Any], dict[str, tuple[str, str]]]] = {
 }
 
 
+@pytest.mark.parametrize("scheme", [AFFINE, SYMMETRIC], ids=["affine", "symmetric"])
 @pytest.mark.parametrize("net", MULTIPLIED)
-def test_a_smoothing_multiply_goes_into_the_scales_before_it(net: str) -> None:
+def test_a_smoothing_multiply_goes_into_the_scales_before_it(net: str, scheme: Any) -> None:
     """Nothing folds through ReLU6 and GELU: their readers multiply, and the bytes they read are multiplied already."""
     how, expected = MULTIPLIED[net]
-    model = quantized(how, [loud()], SYMMETRIC, method="smoothquant")
+    model = quantized(how, [loud()], scheme, method="smoothquant")
     readers = [module for module in model.modules() if isinstance(module, QConv)]
     assert any(module.input_multiplier is not None for module in readers)
     found = rows(checked(model, [loud()], LEAST))
@@ -336,6 +343,61 @@ def test_the_bound_of_relu6_is_multiplied_too() -> None:
     assert (codes <= bound).all() and (codes[y == 6] == bound[y == 6]).all()
     assert float((codes.float() - exact).abs().max()) <= 1
     assert float((codes.float() != exact).float().mean()) < 1e-3
+
+
+def test_what_others_read_keeps_the_channels_that_the_reader_hardly_weighs() -> None:
+    """On the grid of the evened tensor these channels would have a few codes, and the concatenation needs them."""
+    model = Net(lambda m, x: (lambda y: torch.cat([y, m.b(y)], 1) * m.d(F.relu(m.e(x))).mean())(m.relu6(m.a(x)))).eval()
+    with torch.no_grad():
+        model.b.weight[:, :4] *= 1e-3
+    evenbits.quantize(model, scheme=SYMMETRIC, method="smoothquant", data=[loud()])
+    found = fuse(model, [loud()])
+    assert rows(found)["a"] == ("float out", f"relu6; {READ}") and found.sqnr_db > LEAST
+
+
+def test_why_nothing_is_chained_is_said() -> None:
+    model = quantized(
+        lambda m, x: (lambda y: m.c(m.relu6(m.b(y) + y)))(m.relu6(m.a(x))), [loud()], SYMMETRIC, method="smoothquant"
+    )
+    with pytest.raises(EvenbitsError, match=f"no convolution hands bytes to another one. a: {READ}"):
+        fuse(model, [loud()])
+
+
+VIEWED: dict[str, Callable[..., Any]] = {
+    "of another type": lambda m, x: m.b(F.relu(m.a(x))).view(dtype=torch.int32).float(),
+    "by keyword": lambda m, x: m.b(F.relu(m.a(x))).view(size=(x.shape[0], -1)),
+    "as another": lambda m, x: m.b(F.relu(m.a(x))).view_as(m.e(x).flatten(1)),
+}
+
+
+@pytest.mark.parametrize("how", VIEWED.values(), ids=VIEWED)
+def test_every_form_of_view(how: Callable[..., Any]) -> None:
+    model = quantized(how)
+    with torch.no_grad():
+        assert fuse(model, [picture()]).model(picture()).shape == model(picture()).shape
+
+
+def test_a_write_through_a_view_is_refused() -> None:
+    def how(m: Net, x: torch.Tensor) -> torch.Tensor:
+        y = m.b(F.relu(m.a(x)))
+        y.view(x.shape[0], -1).mul_(3)
+        return y
+
+    with pytest.raises(EvenbitsError, match="writes into the tensor that output reads afterwards"):
+        fuse(quantized(how), [picture()])
+
+
+def test_arguments_by_keyword_end_a_chain() -> None:
+    model = quantized(lambda m, x: m.c(F.relu(m.b(m.pad(input=F.relu(m.a(x)))))))
+    found = rows(checked(model, [picture()], LEAST))
+    assert found["a"] == ("float out", "relu") and found["b"] == ("u8", "relu")
+
+
+def test_an_empty_batch() -> None:
+    model = quantized(NETS["relu"][0])
+    chain = fuse(model, [picture()]).model
+    with torch.no_grad():
+        assert chain(picture()[:0]).shape == model(picture()[:0]).shape
 
 
 def test_a_multiplier_that_is_not_positive_keeps_its_layer_apart() -> None:
@@ -374,7 +436,7 @@ def test_two_readers_with_different_grids_get_floats() -> None:
         return m.b(y)[:, :, ::2, ::2] * m.d(m.c(m.pool(y))).mean()
 
     found = rows(checked(quantized(how), [picture()], LEAST))
-    assert found["a"] == ("float out", "") and found["c"] == ("u8", "")
+    assert found["a"] == ("float out", "its readers want different grids") and found["c"] == ("u8", "")
 
 
 def test_dynamic_activations_have_no_grid() -> None:

@@ -82,4 +82,5 @@ def test_options_of_pairs_need_pairs(option: dict[str, Any]) -> None:
     methods.check(resolve({"weights": "ovp4:row", "input_activations": "int8:row"}))
     with pytest.raises(EvenbitsError, match=f"'{next(iter(option))}' is for layers of outlier-victim pairs"):
         methods.check(resolve("W8A8"))
-    Methods.parse("by_format", {}).check(resolve("W8A8"))
+    for default in ({}, {"policy": None}, {"weighted": True}):
+        Methods.parse("by_format", default).check(resolve("W8A8"))

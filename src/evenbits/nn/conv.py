@@ -8,8 +8,8 @@ Plain convolutions are matrix products of integers over im2col windows. Grouped,
 too short for that; they run as float32 convolutions of the integer codes, in slices of at most 1024 products a sum,
 which float32 holds exactly.
 
-Memory formats are torch's: channels last in, channels last out; anything else in, contiguous out (a model may `view`
-it). In channels last a 1 × 1 convolution with a static scale is the fused linear kernel on its pixels, copying nothing.
+Memory formats: dense channels last in, channels last out; anything else in, contiguous out, which a model may `view`.
+In channels last a 1 × 1 convolution with a static scale is the fused linear kernel on its pixels, without a copy.
 N: images, C: channels, k: kernel positions, O: out channels, P: output pixels of an image, K: C/groups · k.
 """
 
@@ -31,6 +31,7 @@ from evenbits.kernels.ops import int8_matmul, linear_w8a8, quantize_rows
 from evenbits.kernels.torch_int8 import without_autocast
 from evenbits.nn.base import QuantizedLayer
 from evenbits.numerics.fake import fake_quantize
+from evenbits.numerics.qdtypes import QDtype
 from evenbits.numerics.qtensor import QTensor
 
 _EXACT_FLOAT32_K = 1024
@@ -140,8 +141,11 @@ class QConv(QuantizedLayer):
         if self.input_format is None:
             return images.to(x.dtype)
         static = {"scale": self.input_scale, "zero_point": self.input_zero_point}
-        last = channels_last(x)
-        return _unflat(fake_quantize(_flat(images, last), self.input_format, **static), x, last).to(x.dtype)
+        fmt, last = self.input_format, channels_last(x)
+        # Groups and pairs are neighbours in the order of channels, whatever the memory format.
+        alone = isinstance(fmt.dtype, QDtype) and fmt.granularity.kind in ("row", "tensor")
+        rounded = _unflat(fake_quantize(_flat(images, last and alone), fmt, **static), x, last and alone).to(x.dtype)
+        return rounded.movedim(1, -1).contiguous().movedim(-1, 1) if last and not alone else rounded
 
     def _float(self, x: torch.Tensor, weight_OK: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight = weight_OK.view(self.weight_shape)
@@ -178,7 +182,7 @@ class QConv(QuantizedLayer):
         n, windows = self.spatial, codes
         for axis, (size, step, apart) in enumerate(zip(self.weight_shape[2:], self.stride, self.dilation, strict=True)):
             windows = windows.unfold(2 + axis, apart * (size - 1) + 1, step)[..., ::apart]
-        shape = (len(codes), *windows.shape[2 : 2 + n])  # of [N, C, output pixels…, kernel positions…]
+        shape = (codes.shape[0], *windows.shape[2 : 2 + n])  # of [N, C, output pixels…, kernel positions…]
         order = (0, *range(2, 2 + n), 1, *range(2 + n, 2 + 2 * n))
         columns_PK = windows.permute(order).reshape(prod(shape), weight_OK.shape[1])
         product_PO = int8_matmul(columns_PK, weight_OK)
@@ -240,7 +244,7 @@ class QConvTranspose(QConv):
 
 
 def exact(convolution: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-    """A float32 convolution of integer codes. Rounded: a Winograd backend is off by far less than 0.5."""
+    """A float32 convolution of integer codes. Rounded, for backends that do not sum products directly."""
     with without_autocast(device):
         return convolution().round_()
 

@@ -71,7 +71,8 @@ def fuse(model: nn.Module, data: Iterable[Any]) -> Fused:
         seen = _seen(model, graph, batches)
         groups, apart = byte_groups(model, graph, {node: value.shape for node, value in seen.items()})
         if not any(group.grid_out for group in groups):
-            raise EvenbitsError(f"no convolution hands bytes to another one. {_why_none(apart)}")
+            found = {group.name: group.why for group in groups if group.why} | apart
+            raise EvenbitsError(f"no convolution hands bytes to another one. {_why_none(found)}")
         fused = _Builder(model, graph, groups, _ranges(groups, seen)).build().eval()
         error = RunningError()
         for batch in batches.kept:
@@ -106,7 +107,8 @@ def _row(group: Group) -> ChainRow:
         *([group.activation] if group.activation != "none" else []),
         *(["smoothing multiply"] if group.multiplier is not None else []),
     ]
-    return ChainRow(group.name, "u8" if group.grid_out else "float out", " and ".join(inside))
+    reason = "; ".join(part for part in (" and ".join(inside), group.why) if part)
+    return ChainRow(group.name, "u8" if group.grid_out else "float out", reason)
 
 
 def _output(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -261,9 +263,13 @@ class _Builder:
                 padded = self.new.call_function(F.pad, (known.node, sizes, "constant", known.grid.zero))
                 self.bytes[node] = known._replace(node=padded)
                 return
-        made = self.floats[node] = self.new.node_copy(node, self._as_float)
-        if node.op == "call_method" and node.target == "view" and torch.dtype not in map(type, node.args):
-            made.target = "reshape"  # chains are channels last, which not every view of the model's can be taken of
+        views = node.op == "call_method" and node.target in ("view", "view_as")
+
+        def taken(argument: fx.Node) -> fx.Node:  # chains are channels last, of which not every view can be taken
+            floats = self._as_float(argument)
+            return self.new.call_method("contiguous", (floats,)) if views and argument is node.args[0] else floats
+
+        self.floats[node] = self.new.node_copy(node, taken)
 
     def _as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.floats:

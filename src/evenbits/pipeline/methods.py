@@ -87,9 +87,10 @@ class Methods:
         """Raises EvenbitsError for options of `by_format` that no format of the scheme has a use for."""
         if self.weight is not algorithms.get("by_format"):
             return
-        if self.weight_options and not any(_suited(formats) == "olive" for formats in scheme.formats):
+        unused = [name for name, value in self.weight_options.items() if value != _default(self.weight, name)]
+        if unused and not any(_suited(formats) == "olive" for formats in scheme.formats):
             raise EvenbitsError(
-                f"option {next(iter(self.weight_options))!r} is for layers of outlier-victim pairs, and this scheme "
+                f"option {unused[0]!r} is for layers of outlier-victim pairs, and this scheme "
                 "has none. Leave it out, or give layers a format such as ovp4:row."
             )
 
@@ -103,7 +104,8 @@ def _check_search(balance: Any | None, options: Mapping[str, Any]) -> None:
     unused = [name for name in SEARCH_ONLY if options.get(name, _SEARCH_DEFAULTS[name]) != _SEARCH_DEFAULTS[name]]
     if unused:
         raise EvenbitsError(
-            f"option {unused[0]!r} says how α is searched, and here α is {alpha}. Use alpha='auto', or leave it out."
+            f"option {unused[0]!r} says how α is searched, and here α is {alpha}. Use alpha='auto', or leave "
+            f"{unused[0]} out."
         )
 
 
@@ -128,6 +130,10 @@ def _names(function: Any) -> list[str]:
         return []
     keyword = inspect.Parameter.KEYWORD_ONLY
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is keyword]
+
+
+def _default(function: Any, name: str) -> Any:
+    return inspect.signature(function).parameters[name].default
 
 
 def _own(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,11 @@ _RELU_FUNCTIONS = {torch.relu: "relu", F.relu: "relu", torch.relu_: "relu", F.re
 _RELU_METHODS = {"relu": "relu", "relu_": "relu"}
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _WRITING_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, torch.relu_)
+_VIEWS = frozenset(
+    "view view_as reshape reshape_as flatten unflatten transpose permute t squeeze unsqueeze expand expand_as narrow "
+    "select split chunk unbind movedim swapaxes diagonal detach".split()
+)
+_VIEW_FUNCTIONS = (operator.getitem, *(getattr(torch, name) for name in sorted(_VIEWS) if hasattr(torch, name)))
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -27,7 +32,9 @@ _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 class Group:
     """A convolution and what is done inside it. source: the node it reads; end: the node whose value it computes;
     inner: the nodes between; grid_out: the grid its readers want, or None for float output; multiplier: that its
-    readers' smoothing multiplies their input by, where its bytes are multiplied already, float32 [O]."""
+    readers' smoothing multiplies their input by, where its bytes are multiplied already, float32 [O]; keeps_floats:
+    they multiply and its bytes are not (a grid of uneven channels would undo the smoothing); why: of float output.
+    """
 
     name: str
     layer: QConv2d
@@ -40,6 +47,7 @@ class Group:
     multiplier: torch.Tensor | None = None
     needs_range: bool = False
     keeps_floats: bool = False
+    why: str = ""
     inner: list[fx.Node] = field(default_factory=list)
 
 
@@ -91,7 +99,15 @@ def _check_writes(model: nn.Module, graph: fx.Graph) -> None:
                     f"{node.name} writes into the tensor that {late.name} reads afterwards; byte chains cannot follow "
                     "that. Use the value it returns (x = relu(x)), or leave the tensor as it is."
                 )
-            written = written.args[0] if passes(model, written) and written.args else None
+            shared = passes(model, written) or _is_view(model, written)
+            written = written.args[0] if shared and written.args else None
+
+
+def _is_view(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node's value may share memory with its input."""
+    if node.op == "call_method":
+        return str(node.target) in _VIEWS
+    return node.target in _VIEW_FUNCTIONS or isinstance(_module(model, node), nn.Flatten)
 
 
 def _writes(model: nn.Module, node: fx.Node) -> bool:
@@ -166,7 +182,8 @@ def _grids(model: nn.Module, groups: list[Group]) -> None:
 
     Behind a ReLU nothing is negative, so the zero point goes: the same steps, and the codes below it go to what is
     beyond the calibrated range. Zero points cost time (kernels/conv_u8.py). Readers that multiply their input get it
-    multiplied: a factor per channel is a part of the weight's scales. An addition has no room for one.
+    multiplied, a factor per channel being a part of the weight's scales, if nobody else does: an addition has no room
+    for a factor, and a grid of even channels holds little of those that the readers hardly weigh.
     """
     by_source: dict[fx.Node, list[Group]] = {}
     rectified = {group.end for group in groups if group.activation != "none"}
@@ -180,11 +197,24 @@ def _grids(model: nn.Module, groups: list[Group]) -> None:
         readers = by_source.get(group.end, [])
         multiplier = readers[0].layer.input_multiplier if readers else None
         alike = all(r.grid_in == readers[0].grid_in and same(r.layer.input_multiplier, multiplier) for r in readers)
-        plain = multiplier is None or (group.addend is None and group.end not in added)
+        plain = multiplier is None or (group.addend is None and _only_read_by(model, group.end, readers))
         if readers and alike and plain:
             group.grid_out, group.multiplier = readers[0].grid_in, multiplier
+        elif readers:
+            group.why = "added or read by others, and multiplied" if alike else "its readers want different grids"
         group.keeps_floats = group.grid_out is None and any(r.layer.input_multiplier is not None for r in readers)
         group.needs_range = group.grid_out is None and group.end in added
+
+
+def _only_read_by(model: nn.Module, node: fx.Node, readers: list[Group]) -> bool:
+    """Whether a value goes to these convolutions alone, also through what hands codes on."""
+    convolutions = {reader.inner[0] if reader.inner else reader.end for reader in readers}
+
+    def fits(user: fx.Node) -> bool:
+        hands_on = passes(model, user) or is_max_pool(model, user) or zero_padding(model, user) is not None
+        return user in convolutions or (hands_on and _only_read_by(model, user, readers))
+
+    return all(fits(user) for user in node.users)
 
 
 def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -203,8 +233,15 @@ def _module(model: nn.Module, node: fx.Node) -> nn.Module | None:
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+def _has_input(node: fx.Node) -> bool:
+    """Whether a node's first argument is a value, given by position."""
+    return bool(node.args) and isinstance(node.args[0], fx.Node)
+
+
 def passes(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node hands its input on as it is (in evaluation)."""
+    if not _has_input(node):
+        return False
     if node.op == "call_method":
         return node.target in ("contiguous", "clone")
     return isinstance(_module(model, node), _PASSING)
@@ -230,6 +267,8 @@ def _is_add(node: fx.Node) -> bool:
 
 def is_max_pool(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node is a max pooling that codes can go through."""
+    if not _has_input(node):
+        return False
     module = _module(model, node)
     if isinstance(module, nn.MaxPool2d):
         return module.dilation in (1, (1, 1)) and not module.ceil_mode and not module.return_indices
@@ -242,6 +281,8 @@ def is_max_pool(model: nn.Module, node: fx.Node) -> bool:
 
 def zero_padding(model: nn.Module, node: fx.Node) -> tuple[int, ...] | None:
     """(left, right, top, bottom) if a node pads height and width with zeros (or cuts them), else None."""
+    if not _has_input(node):
+        return None
     module = _module(model, node)
     if isinstance(module, nn.ZeroPad2d):
         return tuple(module.padding)

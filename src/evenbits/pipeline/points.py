@@ -79,6 +79,12 @@ def make_points(alphas: Sequence[float], method: str, options: Mapping[str, Any]
         raise EvenbitsError("the option alpha is what a sweep varies; give the values as alpha=…")
     if options.get("criterion", CRITERIA[0]) not in CRITERIA:
         raise unknown_name("criterion", str(options["criterion"]), CRITERIA)
+    unused = [name for name in SEARCH_ONLY if name in options and not auto]
+    if unused:
+        raise EvenbitsError(
+            f"option {unused[0]!r} says how α is searched, and auto=False (--no-auto) leaves the search out. Leave out "
+            "one of them."
+        )
     plain = {name: value for name, value in options.items() if name not in SEARCH_ONLY}
     Methods.parse(method, {**options, "alpha": "auto" if auto else 0.5})
     unsmoothed = "+".join(part for part in method.split("+") if algorithms.get(part).kind == "weight") or "rtn"

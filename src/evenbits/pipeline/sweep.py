@@ -20,6 +20,7 @@ from torch import nn
 from evenbits.errors import EvenbitsError
 from evenbits.nn.base import check_formats
 from evenbits.pipeline.activations import is_searched
+from evenbits.pipeline.methods import Methods
 from evenbits.pipeline.points import Point, make_points, parse_alphas
 from evenbits.pipeline.sweep_bench import Bench, Experiment
 from evenbits.pipeline.sweep_result import Sweep, summarise
@@ -72,6 +73,7 @@ def sweep(
         batch_size, dtype, tokenizer, separator, dict(evaluation or {}),
     )  # fmt: skip
     points = make_points(parse_alphas(alpha), method, options, auto=auto)
+    Methods.parse(method, points[-1].options).check(experiment.scheme)
     if auto and any(is_searched(formats) for formats in experiment.scheme.formats):
         raise EvenbitsError(
             "a search for alpha needs activations whose scale is not searched itself; pass auto=False (--no-auto)."
