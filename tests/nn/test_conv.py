@@ -251,3 +251,14 @@ def test_weight_only_is_the_float_layer_on_decoded_weights(options: dict[str, An
 def test_dynamic_affine_activations_are_refused() -> None:
     with pytest.raises(EvenbitsError, match=r"such as 'int8:row', or static affine ones.*given int8:row:affine"):
         _quantized(nn.Conv2d(1, 1, 1), activation="int8:row:affine")
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 3, "padding": 1, "groups": 2}], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_exports_with_any_number_of_images(options: dict[str, Any], last: bool) -> None:
+    layer, form = _quantized(nn.Conv2d(4, 6, **options)), torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(3, 4, 5, 5).contiguous(memory_format=form)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False).module()
+    more = torch.randn(5, 4, 5, 5).contiguous(memory_format=form)
+    with torch.no_grad():
+        assert exported(more).equal(layer(more))
