@@ -1,4 +1,4 @@
-"""Does α matter on convolutional nets? Accuracy over α for three models under seven settings, on the same pictures.
+"""Does α matter on convolutional nets? Accuracy over α for three models under eight settings, on the same pictures.
 
     python benchmarks/vision.py prepare DIR
     python benchmarks/alpha_sweeps.py DIR [--model mobilenet_v2 …] [--setting W8A8 …] [--alpha 0.05:0.95:0.05]
@@ -22,6 +22,7 @@ from typing import Any
 import evenbits
 from evenbits.reporting.sweep import difference, plot
 
+# Those named -bias are run with --bias-correction.
 SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8": {"weights": "int8:row", "input_activations": "int8:tensor", "dynamic": False},
     "W8-tensor": {"weights": "int8:tensor", "input_activations": "int8:tensor", "dynamic": False},
@@ -29,9 +30,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "W8A6": {"weights": "int8:row", "input_activations": "int6:tensor", "dynamic": False},
     "planted": {"weights": "int8:row", "input_activations": "int8:tensor", "dynamic": False},
     "W4A8-bias": {"weights": "int4:row", "input_activations": "int8:tensor", "dynamic": False},
+    "W4A8-mse": {"weights": "int4:row:mse", "input_activations": "int8:tensor", "dynamic": False},
     "W4A8-mse-bias": {"weights": "int4:row:mse", "input_activations": "int8:tensor", "dynamic": False},
 }
-_CORRECTED = ("W4A8-bias", "W4A8-mse-bias")  # with --bias-correction
 _ARRAYS = {"mobilenet_v2": "imagenet", "resnet20": "cifar10", "resnet56": "cifar10"}
 _HEADS = (
     "model", "setting", "pictures", "float", "none", "0.5", "auto", "best", "worst", "best − worst", "auto − best",
@@ -52,7 +53,7 @@ def run(folder: Path, model: str, setting: str, alpha: str, *, auto: bool = True
         batch_size=20,
         alpha=alpha,
         scheme=SETTINGS[setting],
-        **({"bias_correction": True} if setting in _CORRECTED else {}),
+        **({"bias_correction": True} if setting.endswith("-bias") else {}),
         state=state,
         auto=auto,
         say=lambda line: print(f"  {line}", flush=True),

@@ -3,7 +3,7 @@
     python benchmarks/conv_nets.py [--threads 1,2] [--seconds 20] [--json]
 
 float32, bfloat16       torch, as they are; float32 with BatchNorm folded, too, since every other row folds it
-per layer               W8A8_STATIC, each layer by itself, float between layers
+per layer               W8A8_STATIC, each layer by itself, float between layers; also of a picture in channels last
 byte chains             the same fused (pipeline/fuse.py): bytes between convolutions
 torch FX static         torch.ao.quantization: prepare_fx, convert_fx, x86 backend
 onnxruntime int8        static QDQ; openvino int8: NNCF post-training. Only where they are installed; else named
@@ -172,6 +172,7 @@ def variants(model: nn.Module, batches: list[torch.Tensor], threads: int) -> tup
         "float32 folded, channels last": folded(model).to(memory_format=channels_last),
         "bfloat16 folded": lambda x: half(x.to(torch.bfloat16)),
         "evenbits per layer": quantized,
+        "evenbits per layer, channels last": lambda x: quantized(x.contiguous(memory_format=channels_last)),
         "evenbits byte chains": fused.model,
     }
     makers: dict[str, tuple[str, Callable[[], Any]]] = {

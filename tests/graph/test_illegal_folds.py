@@ -237,10 +237,11 @@ def test_a_parameter_that_multiplies_twice_is_no_source() -> None:
         assert proved(fresh, [forced(fresh, ["b"], "gain")], torch.randn(3, D))
 
 
-def test_operations_that_change_shapes_in_place_or_leave_nothing_are_survived() -> None:
+def test_operations_that_change_shapes_in_place_or_types_or_leave_nothing_are_survived() -> None:
     for body in (
         lambda m, x: m.b(m.a(x).unsqueeze_(0).squeeze_(0)),
         lambda m, x: m.b(m.a(x).t_().t_()),
+        lambda m, x: m.b(m.a(x).view(torch.int32).view(torch.float64)),
         lambda m, x: m.b(torch.cat([m.a(x), m.a(x[:0])])),
         lambda m, x: m.b(m.a(x)[:0].sum() + m.a(x)),
         lambda m, x: m.b(torch.mul(m.a(x), 2.0, out=torch.empty(3, D).double())),

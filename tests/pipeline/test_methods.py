@@ -78,9 +78,8 @@ def test_options_of_the_search_need_a_search(option: dict[str, Any], alpha: dict
 
 @pytest.mark.parametrize("option", [{"policy": "hardware"}, {"weighted": False}], ids=str)
 def test_options_of_pairs_need_pairs(option: dict[str, Any]) -> None:
-    methods = Methods.parse("by_format", option)
-    methods.check(resolve({"weights": "ovp4:row", "input_activations": "int8:row"}))
+    Methods.parse("by_format", option, resolve({"weights": "ovp4:row", "input_activations": "int8:row"}))
     with pytest.raises(EvenbitsError, match=f"'{next(iter(option))}' is for layers of outlier-victim pairs"):
-        methods.check(resolve("W8A8"))
+        Methods.parse("by_format", option, resolve("W8A8"))
     for default in ({}, {"policy": None}, {"weighted": True}):
-        Methods.parse("by_format", default).check(resolve("W8A8"))
+        Methods.parse("by_format", default, resolve("W8A8"))

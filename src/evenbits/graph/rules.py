@@ -56,6 +56,8 @@ def _copy(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
 def _rearranged(look: Any, func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     if func._schema.is_mutable:
         raise Opaque  # t_, squeeze_: the shape before the operation is gone
+    if any(isinstance(argument, torch.dtype) for argument in args):
+        raise Opaque  # view(dtype): other numbers from the same bytes
     data = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
     labels = [_copy(look, func, (x,), kwargs, None) for x in data]
     if all(found is None for found in labels):

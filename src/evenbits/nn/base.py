@@ -21,6 +21,7 @@ from torch import nn
 
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
+from evenbits.kernels.ops import linear_w8a8
 from evenbits.kernels.pair_codes import pair_codes
 from evenbits.numerics.elements import fits_int8
 from evenbits.numerics.fake import fake_quantize
@@ -159,6 +160,21 @@ class QuantizedLayer(nn.Module):
         weight = self.weight_format
         by_rows = weight.granularity.kind in ("row", "tensor") and weight.rule.symmetric
         self.is_integer = self.integer_input and by_rows and fits_int8(weight.dtype)
+
+    def by_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] → [..., O] by the fused linear kernel, from int8 codes of the weight [O, I] (`is_integer`)."""
+        assert self.input_format is not None
+        return linear_w8a8(
+            x,
+            self.weight_codes(),
+            self.weight_scales(),
+            self.bias,
+            self.input_format,
+            multiplier=self.input_multiplier,
+            scale=self.input_scale,
+            zero_point=self.input_zero_point,
+            weight_sum=self.weight_sum,
+        )
 
     @property
     def integer_input(self) -> bool:

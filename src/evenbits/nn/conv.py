@@ -9,7 +9,8 @@ too short for that; they run as float32 convolutions of the integer codes, in sl
 which float32 holds exactly.
 
 Memory formats: dense channels last in, channels last out; anything else in, contiguous out, which a model may `view`.
-In channels last a 1 × 1 convolution with a static scale is the fused linear kernel on its pixels, without a copy.
+In channels last a 1 × 1 convolution with a static scale is the fused linear kernel on its pixels, without a copy if
+it reads all of them.
 N: images, C: channels, k: kernel positions, O: out channels, P: output pixels of an image, K: C/groups · k.
 """
 
@@ -27,10 +28,11 @@ from torch.nn import functional as F
 from evenbits.algorithms.base import ActivationQuantizer
 from evenbits.errors import EvenbitsError
 from evenbits.kernels.conv_u8 import conv2d_u8, report_conv
-from evenbits.kernels.ops import int8_matmul, linear_w8a8, quantize_rows
+from evenbits.kernels.ops import int8_matmul, quantize_rows
 from evenbits.kernels.torch_int8 import without_autocast
 from evenbits.nn.base import QuantizedLayer
 from evenbits.numerics.fake import fake_quantize
+from evenbits.numerics.format import Format
 from evenbits.numerics.qdtypes import QDtype
 from evenbits.numerics.qtensor import QTensor
 
@@ -93,12 +95,13 @@ class QConv(QuantizedLayer):
         elif last and self._is_pointwise:
             y = self._by_pixels(x)
         else:
-            y = self._by_images(x, last)
+            y = self._by_images(x, self.input_format, last)
         return y if last and self.spatial > 1 else y.contiguous()
 
-    def _by_images(self, x: torch.Tensor, last: bool) -> torch.Tensor:
+    def _by_images(self, x: torch.Tensor, fmt: Format, last: bool) -> torch.Tensor:
+        """In integers, each image one row; last: x is in channels last, and so is the result."""
         static = {"scale": self.input_scale, "zero_point": self.input_zero_point}
-        codes_NK, scale_N1, _ = quantize_rows(_flat(self.balanced_input(x), last), self.input_format, **static)  # type: ignore[arg-type]
+        codes_NK, scale_N1, _ = quantize_rows(_flat(self.balanced_input(x), last), fmt, **static)
         ones = (1,) * self.spatial
         scales = scale_N1 * self.weight_scales().reshape(1, -1)  # [N, O], or [N, 1]
         y = self._sums(_unflat(codes_NK, x, last)) * scales.view(*scales.shape, *ones)
@@ -115,19 +118,7 @@ class QConv(QuantizedLayer):
         """A pointwise convolution in channels last, by the fused linear kernel: each pixel is a row."""
         kept = (slice(None), slice(None), *(slice(None, None, step) for step in self.stride))
         x = x[kept] if max(self.stride) > 1 else x
-        assert self.input_format is not None
-        rows = linear_w8a8(
-            x.movedim(1, -1),
-            self.weight_codes(),
-            self.weight_scales(),
-            self.bias,
-            self.input_format,
-            multiplier=self.input_multiplier,
-            scale=self.input_scale,
-            zero_point=self.input_zero_point,
-            weight_sum=self.weight_sum,
-        )
-        return rows.movedim(-1, 1)
+        return self.by_rows(x.movedim(1, -1)).movedim(-1, 1)
 
     def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, C, …] times the multiplier of its channels, in float32, if there is one."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from evenbits.kernels import pair_fp8
-from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_pair_fp8, linear_w8a8
+from evenbits.kernels.ops import linear_pair, linear_pair_float, linear_pair_fp8
 from evenbits.kernels.pair_codes import e4m3_codes, float_codes, pair_codes
 from evenbits.nn.base import QuantizedLayer
 
@@ -73,17 +73,7 @@ class QLinear(QuantizedLayer):
                 zero_point=self.input_zero_point,
                 weight_sum=self.weight_sum,
             )
-        return linear_w8a8(
-            x,
-            self.weight_codes(),
-            self.weight_scales(),
-            self.bias,
-            self.input_format,
-            multiplier=self.input_multiplier,
-            scale=self.input_scale,
-            zero_point=self.input_zero_point,
-            weight_sum=self.weight_sum,
-        )
+        return self.by_rows(x)
 
     def _float_product(self, x: torch.Tensor) -> torch.Tensor:
         learns = torch.is_grad_enabled() and x.requires_grad

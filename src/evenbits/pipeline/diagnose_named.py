@@ -43,7 +43,7 @@ def diagnose_named(
     """
     resolved = resolve(scheme)
     resolved = replace(resolved, ignore=(*resolved.ignore, *ignore))
-    Methods.parse(default_method(resolved) if method is None else method, options).check(resolved)
+    Methods.parse(default_method(resolved) if method is None else method, options, resolved)
     if sizes:
         check_sizes(sizes, orders)
     count = samples if samples is not None else max([*sizes, 0]) or _SAMPLES

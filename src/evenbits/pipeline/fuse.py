@@ -273,9 +273,8 @@ class _Builder:
 
     def _as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.floats:
-            code, grid, multiplier = self.bytes[node]
-            floats = self.new.call_function(from_bytes, (code, grid.scale, grid.zero))
-            self.floats[node] = floats if multiplier is None else self._times(floats, multiplier.reciprocal())
+            code, grid, _ = self.bytes[node]  # multiplied bytes of a convolution have no readers but convolutions
+            self.floats[node] = self.new.call_function(from_bytes, (code, grid.scale, grid.zero))
         return self.floats[node]
 
     def _as_bytes(self, node: fx.Node, grid: Grid, multiplier: torch.Tensor | None = None) -> fx.Node:
@@ -283,17 +282,15 @@ class _Builder:
         if known is not None and known.grid == grid and same(known.multiplier, multiplier):
             return known.node
         floats = self._as_float(node)
-        floats = floats if multiplier is None else self._times(floats, multiplier)
+        if multiplier is not None:
+            name = self._new_name("multiply")
+            self.made[name] = PerChannel(multiplier)
+            floats = self.new.call_module(name, (floats,))
         made = self.new.call_function(to_bytes, (floats, grid.scale, grid.zero))
         if known is None:
             self.bytes[node] = _Bytes(made, grid, multiplier)
             self.rounded.add(node)
         return made
-
-    def _times(self, node: fx.Node, factor: torch.Tensor) -> fx.Node:
-        name = self._new_name("multiply")
-        self.made[name] = PerChannel(factor)
-        return self.new.call_module(name, (node,))
 
 
 def _member(model: nn.Module, name: str) -> Any:

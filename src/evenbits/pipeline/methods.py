@@ -30,8 +30,7 @@ class Tuning:
 
 
 _TUNING = ("scope", "sequential")
-_SEARCH_DEFAULTS: dict[str, Any] = {"criterion": "loss", "scope": "region", "sequential": False}
-SEARCH_ONLY = tuple(_SEARCH_DEFAULTS)  # they say how `auto` searches
+SEARCH_ONLY = ("criterion", *_TUNING)  # they say how `auto` searches
 _ALWAYS = ("bias_correction",)
 
 
@@ -49,9 +48,9 @@ class Methods:
     bias_correction: bool = False
 
     @staticmethod
-    def parse(name: str, options: Mapping[str, Any]) -> Methods:
-        """Raises EvenbitsError for an unknown method or option, for two methods of one kind, and for options of a
-        search that there is none of."""
+    def parse(name: str, options: Mapping[str, Any], scheme: Scheme | None = None) -> Methods:
+        """Raises EvenbitsError for an unknown method or option, for two methods of one kind, for options of a search
+        that there is none of, and, given the scheme, for options that none of its formats has a use for."""
         if not isinstance(name, str):
             raise EvenbitsError(f"a method is named by a string, such as 'smoothquant'; given {type(name).__name__}.")
         found: dict[str, Any] = {}
@@ -71,10 +70,12 @@ class Methods:
             raise EvenbitsError(f"option 'bias_correction' must be true or false; given {correction!r}.")
         for option in options:
             if option not in _ALWAYS and not any(option in own for own in split.values()):
-                allowed = [*_names(weight), *_names(balance), *(_TUNING if balance is not None else ()), *_ALWAYS]
+                allowed = [*_defaults(weight), *_defaults(balance), *(_TUNING if balance is not None else ()), *_ALWAYS]
                 raise unknown_name(f"option of method {name!r}:", option, allowed)
         tuning = Tuning(**split["tuning"])
         _check_search(balance, options)
+        if scheme is not None and weight is algorithms.get("by_format"):
+            _check_pairs(split["weight"], scheme)
         criterion = split["balance"].get("criterion", "loss")
         if tuning.scope == "block" and criterion != "loss":
             raise EvenbitsError(
@@ -83,26 +84,26 @@ class Methods:
             )
         return Methods(name, dict(options), weight, balance, split["weight"], split["balance"], tuning, correction)
 
-    def check(self, scheme: Scheme) -> None:
-        """Raises EvenbitsError for options of `by_format` that no format of the scheme has a use for."""
-        if self.weight is not algorithms.get("by_format"):
-            return
-        unused = [name for name, value in self.weight_options.items() if value != _default(self.weight, name)]
-        if unused and not any(_suited(formats) == "olive" for formats in scheme.formats):
-            raise EvenbitsError(
-                f"option {unused[0]!r} is for layers of outlier-victim pairs, and this scheme "
-                "has none. Leave it out, or give layers a format such as ovp4:row."
-            )
+
+def _check_pairs(options: Mapping[str, Any], scheme: Scheme) -> None:
+    """Raises EvenbitsError for options of `by_format`, which are those of pairs, where no layer has pairs."""
+    default = _defaults(algorithms.get("by_format"))
+    unused = [name for name, value in options.items() if value != default[name]]
+    if unused and not any(_suited(formats) == "olive" for formats in scheme.formats):
+        raise EvenbitsError(
+            f"option {unused[0]!r} is for layers of outlier-victim pairs, and this scheme has none. Leave it out, or "
+            "give layers a format such as ovp4:row."
+        )
 
 
 def _check_search(balance: Any | None, options: Mapping[str, Any]) -> None:
     """Raises EvenbitsError if options say how α is searched, and it is a number."""
-    own = _names(balance)
-    alpha = options.get("alpha", 0.5)
-    if "alpha" not in own or isinstance(alpha, str):
+    default = _defaults(balance) | {name: getattr(Tuning, name) for name in _TUNING}
+    if "alpha" not in default:
         return
-    unused = [name for name in SEARCH_ONLY if options.get(name, _SEARCH_DEFAULTS[name]) != _SEARCH_DEFAULTS[name]]
-    if unused:
+    alpha = options.get("alpha", default["alpha"])
+    unused = [name for name in SEARCH_ONLY if options.get(name, default[name]) != default[name]]
+    if unused and not isinstance(alpha, str):
         raise EvenbitsError(
             f"option {unused[0]!r} says how α is searched, and here α is {alpha}. Use alpha='auto', or leave "
             f"{unused[0]} out."
@@ -125,16 +126,13 @@ def _suited(formats: LayerFormats) -> str:
     return "smoothquant" if smoothed else method
 
 
-def _names(function: Any) -> list[str]:
+def _defaults(function: Any) -> dict[str, Any]:
+    """The options of a method, and what they are if not given."""
     if function is None:
-        return []
+        return {}
     keyword = inspect.Parameter.KEYWORD_ONLY
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is keyword]
-
-
-def _default(function: Any, name: str) -> Any:
-    return inspect.signature(function).parameters[name].default
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is keyword}
 
 
 def _own(function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in _names(function) if name in options}
+    return {name: options[name] for name in _defaults(function) if name in options}

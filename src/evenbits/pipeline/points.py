@@ -86,7 +86,7 @@ def make_points(alphas: Sequence[float], method: str, options: Mapping[str, Any]
             "one of them."
         )
     plain = {name: value for name, value in options.items() if name not in SEARCH_ONLY}
-    Methods.parse(method, {**options, "alpha": "auto" if auto else 0.5})
+    Methods.parse(method, {**options, "alpha": "auto"})
     unsmoothed = "+".join(part for part in method.split("+") if algorithms.get(part).kind == "weight") or "rtn"
     parsed = Methods.parse(method, plain)
     of_weights = parsed.weight_options | ({"bias_correction": True} if parsed.bias_correction else {})

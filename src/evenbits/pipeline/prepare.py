@@ -101,8 +101,7 @@ def preparing(
     for formats in scheme.formats:
         check_formats(formats.weights, formats.input_activations)
     method = default_method(scheme) if method is None else method
-    methods = Methods.parse(method, options)
-    methods.check(scheme)
+    methods = Methods.parse(method, options, scheme)
     refuse_quantized(model, caller)
     static = any(formats.static for formats in scheme.formats)
     if data is None and (static or methods.balance is not None):

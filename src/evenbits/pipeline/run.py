@@ -76,8 +76,7 @@ def quantize_to_folder(
     resolved = resolve(scheme).with_head() if head else resolve(scheme)
     resolved = replace(resolved, ignore=(*resolved.ignore, *ignore))
     method = default_method(resolved) if method is None else method
-    methods = Methods.parse(method, options)
-    methods.check(resolved)
+    methods = Methods.parse(method, options, resolved)
     path = output if output is not None else _default_output(model, scheme)
     check_output(path, overwrite=overwrite)
     source = open_model(model, dtype=dtype)

@@ -73,7 +73,7 @@ def sweep(
         batch_size, dtype, tokenizer, separator, dict(evaluation or {}),
     )  # fmt: skip
     points = make_points(parse_alphas(alpha), method, options, auto=auto)
-    Methods.parse(method, points[-1].options).check(experiment.scheme)
+    Methods.parse(method, points[-1].options, experiment.scheme)
     if auto and any(is_searched(formats) for formats in experiment.scheme.formats):
         raise EvenbitsError(
             "a search for alpha needs activations whose scale is not searched itself; pass auto=False (--no-auto)."

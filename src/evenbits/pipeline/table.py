@@ -106,9 +106,8 @@ def _scored(recipe: Recipe, source: Source, data: Path) -> Evaluation:
 
 def _run(recipe: Recipe, run: RecipeRun, model: str, data: Path) -> tuple[Evaluation, Result]:
     method = run.method or default_method(run.scheme)
-    Methods.parse(method, run.options).check(
-        run.scheme
-    )  # before anything is loaded, and so that no option is taken for an argument
+    # Before anything is loaded, and so that no option is taken for an argument.
+    Methods.parse(method, run.options, run.scheme)
     source = open_model(model)
     given = None if recipe.calibration is None else _below(data, recipe.calibration)
     batches = calibration(given, source.model, source.tokenizer, samples=recipe.samples).batches
